@@ -1,0 +1,71 @@
+"""What passes between a method and its landscape: an `Evaluation` comes back, an `Opening` is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hf_sharp.vector import ParamVector
+
+Names = Collection[str]
+
+
+class Evaluation:
+    """A loss and its gradient.
+
+    Args:
+        loss: detached 0-dim tensor, the sum over the window of what the host logs for a micro-batch.
+        grad: the gradient, loss-scaled as the host's.
+    """
+
+    __slots__ = ("_grad", "loss")
+
+    def __init__(self, loss: Tensor, grad: ParamVector) -> None:
+        self.loss = loss
+        self._grad: ParamVector | None = grad
+
+    @property
+    def grad(self) -> ParamVector:
+        """The gradient.
+
+        Raises:
+            RuntimeError: after `take`.
+        """
+        if self._grad is None:
+            raise RuntimeError("This evaluation's gradient was taken and is gone; keep a copy before `take()`.")
+        return self._grad
+
+    def take(self) -> ParamVector:
+        """Give the gradient up: whoever receives it may change it in place, so that no copy is made.
+
+        Returns:
+            The gradient.
+        """
+        grad = self.grad
+        self._grad, grad.given_up = None, True
+        return grad
+
+    def with_grad(self, grad: ParamVector) -> Evaluation:
+        """The same loss with another gradient.
+
+        Args:
+            grad: the gradient to hand over.
+
+        Returns:
+            A new evaluation.
+        """
+        return Evaluation(self.loss, grad)
+
+
+class Opening(NamedTuple):
+    """How the first evaluation of a step is to be made, said before its data pass through the model.
+
+    Attributes:
+        shift: where to make it: a perturbation known beforehand; None for the present weights.
+        only: names of the parameters whose gradient it must give; None for all.
+    """
+
+    shift: ParamVector | None = None
+    only: Names | None = None

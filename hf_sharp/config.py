@@ -1,0 +1,194 @@
+"""`SharpConfig`: a method as flat settings, for the command line, YAML and JSON; the only reader of strings."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hf_sharp import presets, schedules
+from hf_sharp.methods.base import Method
+
+METHODS: dict[str, Callable[..., Method]] = {
+    preset.__name__: preset
+    for preset in (presets.plain, presets.sam, presets.asam, presets.fsam, presets.sam_on, presets.fisher_sam)
+}
+SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule | float]] = {
+    "constant": lambda rho, end: rho,
+    "linear": schedules.Linear,
+    "cosine": schedules.Cosine,
+    "follows_lr": schedules.FollowsLearningRate,
+    "zero_during_warmup": lambda rho, end: schedules.ZeroDuringWarmup(rho),
+}
+SCHEDULE_OPTIONS = ("rho_schedule", "rho_end")
+
+
+def options_of(method: str) -> tuple[str, ...]:
+    """The options that a method takes.
+
+    Args:
+        method: a name in `METHODS`.
+
+    Returns:
+        The preset's keywords, and the two of the radius' schedule where there is a radius.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"There is no method '{method}'. Known: {', '.join(METHODS)}.")
+    own = tuple(inspect.signature(METHODS[method]).parameters)
+    return own + SCHEDULE_OPTIONS if "rho" in own else own
+
+
+@dataclass
+class SharpConfig:
+    """Settings of a sharpness-aware method; what is None is the preset's default.
+
+    Args:
+        method: name of the preset.
+        rho: radius of the perturbation.
+        eta: of the adaptive ball (asam, sam_on) or the Fisher metric (fisher_sam).
+        on: which tensors asam adapts to.
+        keep: share of the entries that fsam perturbs.
+        every: how many steps fsam uses a mask.
+        fisher: how fsam estimates the Fisher diagonal.
+        scope: over what fsam takes the largest entries.
+        outside: what fsam does with biases, embeddings and BatchNorm.
+        renormalise: whether fsam's masked perturbation has the full radius.
+        samples: rows for fsam's per-sample Fisher.
+        ball: of sam_on.
+        rho_schedule: how the radius varies.
+        rho_end: the radius at the end of a schedule, or at learning rate zero.
+
+    Example:
+        >>> SharpConfig(method="fsam", rho=0.01, keep=0.2).build().cost
+        2.0
+    """
+
+    method: str = field(default="sam", metadata={"help": f"Method: {', '.join(METHODS)}."})
+    rho: float | None = field(default=None, metadata={"help": "Radius of the perturbation."})
+    eta: float | None = field(
+        default=None, metadata={"help": "asam, sam_on: added to |w|; fisher_sam: Fisher weight."}
+    )
+    on: str | None = field(default=None, metadata={"help": "asam: adapt on 'weights' or 'all'."})
+    keep: float | None = field(default=None, metadata={"help": "fsam: share of the entries perturbed, in (0, 1]."})
+    every: int | None = field(default=None, metadata={"help": "fsam: steps between refreshes of the mask."})
+    fisher: str | None = field(default=None, metadata={"help": "fsam: 'batch' or 'per_sample'."})
+    scope: str | None = field(default=None, metadata={"help": "fsam: largest entries, 'global' or per 'tensor'."})
+    outside: str | None = field(
+        default=None, metadata={"help": "fsam: bias, embeddings, BatchNorm 'always' or 'never'."}
+    )
+    renormalise: bool | None = field(default=None, metadata={"help": "fsam: give the masked perturbation radius rho."})
+    samples: int | None = field(default=None, metadata={"help": "fsam: rows for the per-sample Fisher."})
+    ball: str | None = field(default=None, metadata={"help": "sam_on: 'l2' or 'adaptive'."})
+    rho_schedule: str | None = field(default=None, metadata={"help": f"Radius over time: {', '.join(SCHEDULES)}."})
+    rho_end: float | None = field(default=None, metadata={"help": "Last radius of a schedule (default 0)."})
+
+    def build(self) -> Method:
+        """The method that these settings describe.
+
+        Returns:
+            The method.
+
+        Raises:
+            ValueError: if there is no such method, or an option is set that it does not take, or a value cannot be right.
+        """
+        taken, given = options_of(self.method), self.to_dict()
+        del given["method"]
+        foreign = [name for name in given if name not in taken]
+        if foreign:
+            takes = f"It takes {', '.join(taken)}." if taken else "It takes no options."
+            raise ValueError(f"Method '{self.method}' has no option {', '.join(foreign)}. {takes}")
+        preset = METHODS[self.method]
+        schedule, end = given.pop("rho_schedule", None), given.pop("rho_end", None)
+        if schedule is None and end is not None:
+            raise ValueError("rho_end belongs to a rho_schedule, and none is set.")
+        if schedule is not None:
+            if schedule not in SCHEDULES:
+                raise ValueError(f"rho_schedule is one of {', '.join(SCHEDULES)}; got {schedule!r}.")
+            rho = given.get("rho", inspect.signature(preset).parameters["rho"].default)
+            given["rho"] = SCHEDULES[schedule](rho, 0.0 if end is None else end)
+        return preset(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method and the options that are set.
+
+        Returns:
+            A flat dict that JSON and YAML can hold.
+        """
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> SharpConfig:
+        """The config of a flat dict.
+
+        Args:
+            settings: as `to_dict` gives it.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: if a key is not an option of any method.
+        """
+        unknown = sorted(set(settings) - {f.name for f in fields(cls)})
+        if unknown:
+            method = settings.get("method", "sam")
+            raise ValueError(
+                f"No method has an option {', '.join(map(str, unknown))}. '{method}' takes {', '.join(options_of(method))}."
+            )
+        return cls(**settings)
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> SharpConfig:
+        """The config in a JSON file.
+
+        Args:
+            path: the file, such as a checkpoint's `sharp_config.json`.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: if the file records a method that was not made from settings.
+        """
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "repr" in saved and saved.get("settings") is None:
+            raise ValueError(
+                f"{path} records the method {saved['repr']}, which no settings describe; build it in Python."
+            )
+        return cls.from_dict(saved["settings"] if "repr" in saved else saved)
+
+
+MethodLike = Method | SharpConfig | Mapping[str, Any] | str | None
+
+
+def read_method(method: MethodLike) -> tuple[Method | None, SharpConfig | None]:
+    """What a door was given as `method=`.
+
+    Args:
+        method: a `Method`, a `SharpConfig`, a dict of its settings, a preset's name, or None.
+
+    Returns:
+        The method, and the settings it came from if any.
+
+    Raises:
+        ValueError: if it is none of these, or names no method.
+    """
+    if method is None or isinstance(method, Method):
+        return method, None
+    if isinstance(method, str):
+        config = SharpConfig(method=method)
+    elif isinstance(method, Mapping):
+        config = SharpConfig.from_dict(method)
+    elif isinstance(method, SharpConfig):
+        config = method
+    else:
+        raise ValueError(
+            f"method is a Method, a SharpConfig, a dict of settings, a name ({', '.join(METHODS)}) or None; got {method!r}."
+        )
+    return config.build(), config

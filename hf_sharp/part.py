@@ -1,0 +1,123 @@
+"""What methods are made of: frozen settings, and state that is saved with the checkpoint and can be rolled back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_sharp.landscape import Landscape
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a method (a ball, a mask, a method itself): its fields are settings, its `_state` is what training changes.
+
+    Subclasses are frozen dataclasses. A value in `_state` is an int, a float, a tensor, or a dict of tensors keyed by
+    parameter name; it is *replaced*, never changed in place, so that a step which fails is undone by putting the old
+    values back.
+    """
+
+    _state: State = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, Part]]:
+        """This part and all parts among its fields, in order, each with its dotted path.
+
+        Args:
+            path: the path of this part itself.
+
+        Yields:
+            Pairs of path and part; the path of the part called on is `path`.
+        """
+        yield path, self
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, Part):
+                yield from value.walk(f"{path}.{setting.name}".lstrip("."))
+
+    def check(self, landscape: Landscape) -> None:
+        """Refuse before training what cannot be right for this model. The default has nothing to refuse.
+
+        Args:
+            landscape: the model's landscape, without data.
+        """
+
+    def snapshot(self) -> dict[str, State]:
+        """The state of all parts as it is now, to give to `rollback`; no tensor is copied.
+
+        Returns:
+            State by path.
+        """
+        return {path: dict(part._state) for path, part in self.walk()}
+
+    def rollback(self, snapshot: Mapping[str, State]) -> None:
+        """Put back what `snapshot` returned.
+
+        Args:
+            snapshot: state by path.
+        """
+        for path, part in self.walk():
+            part._state.clear()
+            part._state.update(snapshot.get(path, {}))
+
+    def changed_since(self, snapshot: Mapping[str, State]) -> bool:
+        """Whether any state was replaced since `snapshot` was taken.
+
+        Args:
+            snapshot: state by path.
+
+        Returns:
+            True if a value was added, removed or replaced.
+        """
+        for path, part in self.walk():
+            before = snapshot.get(path, {})
+            if before.keys() != part._state.keys() or any(before[k] is not v for k, v in part._state.items()):
+                return True
+        return False
+
+    def reset(self) -> None:
+        """Forget all state, as at the start of training."""
+        self.rollback({})
+
+    def state_dict(self) -> State:
+        """All state, flat: `path:key` to a number or a tensor, `path:key/parameter name` to a parameter's tensor.
+
+        Returns:
+            The flat dict; empty for a method without state.
+        """
+        flat: State = {}
+        for path, part in self.walk():
+            for key, value in part._state.items():
+                if isinstance(value, dict):
+                    flat.update({f"{path}:{key}/{name}": tensor for name, tensor in value.items()})
+                else:
+                    flat[f"{path}:{key}"] = value
+        return flat
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace all state by what `state_dict` returned.
+
+        Args:
+            state: the flat dict.
+
+        Raises:
+            ValueError: if it holds state of a part that this method does not have.
+        """
+        known = dict(self.walk())
+        nested: dict[str, State] = {path: {} for path in known}
+        for key, value in state.items():
+            path, _, name = key.partition(":")
+            if path not in known:
+                raise ValueError(
+                    f"The saved state holds '{key}', but {self!r} has no part '{path}'. Load it with the method that "
+                    "saved it, or start without that state."
+                )
+            entry, slash, parameter = name.partition("/")
+            if slash:
+                nested[path].setdefault(entry, {})[parameter] = value
+            else:
+                nested[path][entry] = value
+        self.rollback(nested)

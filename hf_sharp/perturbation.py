@@ -1,0 +1,104 @@
+"""Where to look: from an ascent gradient to the perturbation of length rho, in a ball, on a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hf_sharp.balls import Ball, L2Ball
+from hf_sharp.masks import Entries, Mask
+from hf_sharp.part import Part
+from hf_sharp.schedules import Schedule, radius
+from hf_sharp.vector import TINY, ParamVector
+
+if TYPE_CHECKING:
+    from hf_sharp.landscape import Landscape
+
+
+@dataclass(frozen=True)
+class Perturbation(Part):
+    """The step to the worst point nearby: e = rho M g / sqrt(g' M g), M the ball's metric, on the mask's entries.
+
+    Args:
+        rho: the radius, a number or a schedule (`hf_sharp.schedules`).
+        ball: in which metric the radius is measured.
+        mask: which weights may move; None for all.
+
+    Example:
+        >>> Perturbation(rho=0.05)
+        Perturbation(rho=0.05, ball=L2Ball(), mask=None)
+    """
+
+    rho: float | Schedule
+    ball: Ball = field(default_factory=L2Ball)
+    mask: Mask | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.rho):
+            radius(self.rho)
+        if not isinstance(self.ball, Ball):
+            raise ValueError(f"ball is a Ball, such as AdaptiveBall(eta=0.01); got {self.ball!r}.")
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise ValueError(f"mask is a Mask, such as NormLayers(), or None; got {self.mask!r}.")
+
+    def radius(self, landscape: Landscape) -> float:
+        """The radius at this step.
+
+        Args:
+            landscape: where this is.
+
+        Returns:
+            rho, or what its schedule says.
+        """
+        return self.rho(landscape) if callable(self.rho) else self.rho
+
+    def names(self, landscape: Landscape) -> list[str] | None:
+        """The parameters that the ascent needs a gradient for.
+
+        Args:
+            landscape: where this is.
+
+        Returns:
+            Their names, None for all.
+        """
+        return None if self.mask is None else self.mask.names(landscape)
+
+    def __call__(self, grad: ParamVector, landscape: Landscape) -> ParamVector:
+        """The perturbation of a gradient.
+
+        Args:
+            grad: the ascent gradient; changed in place if its owner gave it up, else copied. A norm that is not finite
+                makes all of the perturbation NaN, so that the host's scaler sees it.
+            landscape: where this is.
+
+        Returns:
+            Epsilon: None where nothing moves.
+        """
+        rho, wanted = self.radius(landscape), self.names(landscape)
+        epsilon = grad.own()
+        if wanted is not None:
+            keep = set(wanted)
+            epsilon = ParamVector(
+                t if n in keep else None for n, t in zip(landscape.names, epsilon.tensors, strict=True)
+            )
+        entries = None if self.mask is None else self.mask.entries(epsilon, landscape)
+        full = None
+        if entries is not None:
+            full = None if self.mask is None or self.mask.renormalise else self.ball.length(epsilon, landscape)
+            epsilon = _drop_(epsilon, entries, landscape)
+        kept = self.ball.stretch_(epsilon, landscape)
+        length = kept if full is None else full
+        factor = rho / length.clamp_min(TINY) + (length - length)  # the last term is NaN for a length of inf, else 0
+        landscape.slope = factor * kept.square()
+        return epsilon.scale_(factor)
+
+
+def _drop_(vector: ParamVector, entries: Entries, landscape: Landscape) -> ParamVector:
+    kept = []
+    for name, tensor in zip(landscape.names, vector.tensors, strict=True):
+        mask = entries[name]
+        if tensor is None or mask is False:
+            kept.append(None)
+        else:
+            kept.append(tensor if mask is True else tensor.mul_(mask.to(tensor.device)))
+    return ParamVector(kept)

@@ -1,0 +1,121 @@
+"""Methods under the names of the literature; their keywords are also the options of `SharpConfig` and the command line."""
+
+from __future__ import annotations
+
+from hf_sharp.balls import AdaptiveBall, Ball, FisherBall, L2Ball
+from hf_sharp.masks import FisherMask, NormLayers
+from hf_sharp.methods.plain import Plain
+from hf_sharp.methods.sam import SAM
+from hf_sharp.perturbation import Perturbation
+from hf_sharp.schedules import Schedule
+
+Rho = float | Schedule
+
+
+def plain() -> Plain:
+    """Plain training.
+
+    Returns:
+        The method, of cost 1.
+    """
+    return Plain()
+
+
+def sam(rho: Rho = 0.05) -> SAM:
+    """Sharpness-aware minimisation (Foret et al., 2021, Eq. 2 with p = 2): e = rho g / ||g||.
+
+    Args:
+        rho: the radius; the paper's 0.05. BERT-like encoders with AdamW: 0.005 to 0.05; T5: 0.05 to 0.15.
+
+    Returns:
+        The method, of cost 2.
+    """
+    return SAM(Perturbation(rho=rho))
+
+
+def asam(rho: Rho = 0.5, eta: float = 0.01, on: str = "weights") -> SAM:
+    """Adaptive SAM (Kwon et al., 2021, Eq. 8): e = rho T^2 g / ||T g||, invariant to rescaling of the weights.
+
+    Args:
+        rho: the radius, about ten times that of SAM; 0.5 and eta 0.01 are the authors' defaults.
+        eta: added to |w| in T.
+        on: "weights": T = |w| + eta on tensors named `weight`, 1 elsewhere (the authors' code); "all": everywhere (with
+            eta = 0 the variant of davda54/sam).
+
+    Returns:
+        The method, of cost 2.
+    """
+    return SAM(Perturbation(rho=rho, ball=AdaptiveBall(eta=eta, on=on)))
+
+
+def fsam(
+    rho: Rho = 0.05,
+    keep: float = 0.1,
+    every: int = 100,
+    fisher: str = "batch",
+    scope: str = "global",
+    outside: str = "always",
+    renormalise: bool = False,
+    samples: int = 32,
+) -> SAM:
+    """FSAM, SAM on a Fisher *mask* (Zhong et al., EMNLP Findings 2022): e = rho g / ||g||, on the entries of largest Fisher.
+
+    Not Fisher-*metric* SAM (Kim et al., 2022: `fisher_sam`), and not Friendly SAM (Li et al., 2024).
+
+    Args:
+        rho: the radius of the perturbation before masking; the paper tunes it in {0.001, 0.005, 0.01} on GLUE, its code
+            says 0.05.
+        keep: the share of eligible entries that is perturbed.
+        every: how many steps a mask is used.
+        fisher: "batch" (the authors' code: no cost) or "per_sample" (the paper: one backward a row at each refresh).
+        scope: the largest entries of the whole network ("global") or of each tensor ("tensor").
+        outside: biases, embeddings and BatchNorm are "always" perturbed (the authors' code) or "never".
+        renormalise: True gives the masked perturbation the full radius.
+        samples: rows for "per_sample".
+
+    Returns:
+        The method, of cost 2.
+    """
+    mask = FisherMask(
+        keep=keep,
+        every=every,
+        fisher=fisher,
+        samples=samples,
+        scope=scope,
+        outside=outside,
+        renormalise=renormalise,
+    )
+    return SAM(Perturbation(rho=rho, mask=mask))
+
+
+def sam_on(rho: Rho = 0.5, ball: str = "l2", eta: float = 0.01) -> SAM:
+    """SAM-ON, perturbing normalisation layers only (Mueller et al., 2023): almost no memory, a cheaper ascent.
+
+    Args:
+        rho: the radius over the subset; larger than SAM's, since the subset is tiny.
+        ball: "l2" or "adaptive" (as in ASAM).
+        eta: of the adaptive ball.
+
+    Returns:
+        The method, of cost 2 (measured about 1.8: the ascent skips the other weight gradients where the host allows it).
+
+    Raises:
+        ValueError: if there is no such ball.
+    """
+    balls: dict[str, Ball] = {"l2": L2Ball(), "adaptive": AdaptiveBall(eta=eta)}
+    if ball not in balls:
+        raise ValueError(f"ball is one of {tuple(balls)}; got {ball!r}.")
+    return SAM(Perturbation(rho=rho, ball=balls[ball], mask=NormLayers()))
+
+
+def fisher_sam(rho: Rho = 0.1, eta: float = 0.1) -> SAM:
+    """Fisher-*metric* SAM (Kim et al., ICML 2022): e = rho D g / sqrt(g' D g), D = 1 / (1 + eta F).
+
+    Args:
+        rho: the radius in the Fisher metric.
+        eta: weight of the Fisher diagonal F, the squared gradient of the window; 0 gives SAM.
+
+    Returns:
+        The method, of cost 2.
+    """
+    return SAM(Perturbation(rho=rho, ball=FisherBall(eta=eta)))

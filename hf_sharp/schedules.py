@@ -1,0 +1,136 @@
+"""A radius that varies: functions of the landscape's step and learning rate. A plain number is a constant schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_sharp.landscape import Landscape
+
+Schedule = Callable[["Landscape"], float]
+
+
+def radius(value: float, name: str = "rho") -> float:
+    """Check a radius.
+
+    Args:
+        value: the number given.
+        name: what to call it in the error.
+
+    Returns:
+        The number as a float.
+
+    Raises:
+        ValueError: if it is negative, infinite or not a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is a radius, a number of at least 0 (papers use 0.005 to 2); got {value!r}.")
+    return float(value)
+
+
+def _progress(landscape: Landscape, steps: int | None, who: str) -> float:
+    steps = landscape.total_steps if steps is None else steps
+    if steps is None:
+        raise ValueError(f"{who} needs the number of training steps, which is not known here: give it as `steps=`.")
+    return min(landscape.step / max(steps, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `start` to `end` in a straight line over `steps` steps, then `end`.
+
+    Args:
+        start: the first radius.
+        end: the last radius.
+        steps: over how many optimizer steps; None takes the length of training.
+    """
+
+    start: float
+    end: float
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        radius(self.start, "start")
+        radius(self.end, "end")
+
+    def __call__(self, landscape: Landscape) -> float:
+        """The radius at the landscape's step."""
+        return self.start + (self.end - self.start) * _progress(landscape, self.steps, "Linear")
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From `start` to `end` along half a cosine over `steps` steps, then `end`.
+
+    Args:
+        start: the first radius.
+        end: the last radius.
+        steps: over how many optimizer steps; None takes the length of training.
+    """
+
+    start: float
+    end: float
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        radius(self.start, "start")
+        radius(self.end, "end")
+
+    def __call__(self, landscape: Landscape) -> float:
+        """The radius at the landscape's step."""
+        share = (1 + math.cos(math.pi * _progress(landscape, self.steps, "Cosine"))) / 2
+        return self.end + (self.start - self.end) * share
+
+
+@dataclass(frozen=True)
+class FollowsLearningRate:
+    """In proportion to the learning rate, as in GSAM: rho_min + (rho - rho_min) lr / lr_max (Zhuang et al., 2022).
+
+    Args:
+        rho: the radius at the largest learning rate.
+        rho_min: the radius at learning rate zero.
+    """
+
+    rho: float
+    rho_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        radius(self.rho)
+        radius(self.rho_min, "rho_min")
+
+    def __call__(self, landscape: Landscape) -> float:
+        """The radius at the landscape's learning rate."""
+        share = landscape.lr / landscape.lr_max if landscape.lr_max else 1.0
+        return self.rho_min + (self.rho - self.rho_min) * min(max(share, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class ZeroDuringWarmup:
+    """Zero while the learning rate warms up, then `rho` (essential for MSAM on ViT: Becker et al., 2025).
+
+    Args:
+        rho: the radius after the warm-up.
+        steps: length of the warm-up in optimizer steps; None takes that of the learning-rate schedule.
+    """
+
+    rho: float
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        radius(self.rho)
+
+    def __call__(self, landscape: Landscape) -> float:
+        """The radius at the landscape's step.
+
+        Raises:
+            ValueError: if the length of the warm-up is not known.
+        """
+        steps = landscape.warmup_steps if self.steps is None else self.steps
+        if steps is None:
+            raise ValueError(
+                "ZeroDuringWarmup needs the length of the warm-up, which is not known here: give it as `steps=`."
+            )
+        return 0.0 if landscape.step < steps else self.rho

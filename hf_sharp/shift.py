@@ -1,0 +1,95 @@
+"""Moving the weights and moving them back, and what such a shift really was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hf_sharp.vector import TINY, ParamVector, copy_, total, wide
+
+
+@contextmanager
+def displaced(weights: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Whatever happens to the weights inside, their values are copied back: bitwise, in the same storage.
+
+    The copies exist before anything can move, and the `try` is open before them, so that an exception, an
+    out-of-memory error or Ctrl-C at any point leaves the weights as they were.
+
+    Args:
+        weights: the parameters that may be moved.
+
+    Yields:
+        The copies.
+    """
+    saved: list[Tensor] = []
+    try:
+        saved.extend(w.detach().clone() for w in weights)
+        yield saved
+    finally:
+        if len(saved) == len(weights):
+            _restore(weights, saved)
+
+
+@torch.no_grad()
+def _restore(weights: Sequence[nn.Parameter], saved: list[Tensor]) -> None:
+    try:
+        copy_(weights, saved)
+    except BaseException:  # Ctrl-C half way: once more, then let it through
+        copy_(weights, saved)
+        raise
+    finally:
+        torch.clear_autocast_cache()
+
+
+@torch.no_grad()
+def realised(weights: Sequence[nn.Parameter], saved: Sequence[Tensor], steps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """How much of the intended shift the weights took on: in 16-bit weights most of it can round away.
+
+    Args:
+        weights: the shifted weights w'.
+        saved: the weights w before the shift.
+        steps: the intended shift e.
+
+    Returns:
+        `sharp_component` = <w' - w, e> / |e|^2, which should be 1, and `sharp_noise` = |w' - w - e| / |e|; 1 and 0 for e = 0.
+    """
+    along, length, noise = [], [], []
+    for weight, old, step in zip(weights, saved, steps, strict=True):
+        wanted, real = wide(step), wide(weight.detach()) - wide(old)
+        along.append((real * wanted).sum())
+        length.append(wanted.square().sum())
+        noise.append((real - wanted).square().sum())
+    squared = total(length)
+    component, rest = total(along) / squared, (total(noise) / squared).sqrt()
+    return {
+        "sharp_component": torch.where(squared == 0, torch.ones_like(component), component),
+        "sharp_noise": torch.where(squared == 0, torch.zeros_like(rest), rest),
+    }
+
+
+@torch.no_grad()
+def seen(
+    weights: Sequence[nn.Parameter], saved: Sequence[Tensor], grads: Sequence[Tensor | None], there: ParamVector
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the gradient at the shifted weights says of the shift, with e = w' - w taken tensor by tensor.
+
+    Args:
+        weights: the shifted weights w'.
+        saved: the weights w before the shift.
+        grads: the gradient g_s at w', for the shifted weights only.
+        there: the whole gradient g_s.
+
+    Returns:
+        cos(g_s, e), <g_s, e> and |e|^2.
+    """
+    along, length = [], []
+    for weight, old, grad in zip(weights, saved, grads, strict=True):
+        epsilon = wide(weight.detach()) - wide(old)
+        length.append(epsilon.square().sum())
+        if grad is not None:
+            along.append((wide(grad) * epsilon).sum())
+    product, squared = total(along), total(length)
+    return product / (squared.sqrt() * there.norm()).clamp_min(TINY), product, squared

@@ -1,0 +1,99 @@
+"""`Stepper`: runs a method over one window after another, for every door alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_sharp.host import Host
+from hf_sharp.landscape import Landscape
+from hf_sharp.methods.base import Method
+from hf_sharp.part import State
+
+
+class Stepper:
+    """One optimizer step's gradient after another: the host's micro-batch calls go in, `p.grad` is ready after the last.
+
+    Args:
+        method: the rule for getting a gradient.
+        host: the training loop.
+
+    Attributes:
+        metrics: what the last measured step measured, 0-dim tensors by name, and `sharp_evaluations`.
+    """
+
+    def __init__(self, method: Method, host: Host) -> None:
+        self.method = method
+        self.host = host
+        self.metrics: dict[str, Tensor | float] = {}
+        self._batches: list[Any] = []
+        self._next = 0
+        self._landscape: Landscape | None = None
+        self._before: dict[str, State] = {}
+
+    def expect(self, batches: Sequence[Any]) -> None:
+        """Say which micro-batches the next step's window has; a step that was not finished is forgotten.
+
+        Args:
+            batches: the micro-batches, which `micro_batch` will be given one by one.
+        """
+        if self._landscape is not None:
+            self.method.rollback(self._before)
+        self._batches, self._next, self._landscape = list(batches), 0, None
+
+    def expects(self, batch: Any) -> bool:
+        """Whether a micro-batch is the next of the window.
+
+        Args:
+            batch: a micro-batch.
+
+        Returns:
+            True if `expect` announced this very object as the next one.
+        """
+        return self._next < len(self._batches) and self._batches[self._next] is batch
+
+    def micro_batch(self, batch: Any, last: bool, measuring: bool = False) -> Tensor:
+        """One micro-batch of the window; at the last one the method runs and its gradient is handed over.
+
+        After an exception weights, buffers and the method's state are what they were, and no gradients are left.
+
+        Args:
+            batch: the next micro-batch.
+            last: whether the host makes its optimizer step after this one.
+            measuring: whether this step's metrics are wanted.
+
+        Returns:
+            The loss that the host logs.
+        """
+        try:
+            landscape = self._landscape or self._open(measuring)
+            loss = landscape.first_pass(batch)
+            self._next += 1
+            if last:
+                self._finish(landscape)
+        except BaseException:
+            self._abandon()
+            raise
+        return loss
+
+    def _open(self, measuring: bool) -> Landscape:
+        self._before = self.method.snapshot()
+        self._landscape = Landscape(self.host, self._batches, measuring)
+        self._landscape.opening = self.method.start(self._landscape)
+        return self._landscape
+
+    def _finish(self, landscape: Landscape) -> None:
+        evaluation = self.method.gradient(landscape)
+        landscape.hand_over(evaluation)
+        if self.method.changed_since(self._before) and not evaluation.grad.norm().isfinite():
+            self.method.rollback(self._before)  # the host will skip this step, or its weights are lost anyway
+        if landscape.measuring:
+            self.metrics = {**landscape.metrics, "sharp_evaluations": landscape.evaluations}
+        self._batches, self._next, self._landscape = [], 0, None
+
+    def _abandon(self) -> None:
+        if self._landscape is not None:
+            self._landscape.clean()
+        self.expect([])

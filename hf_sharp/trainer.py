@@ -1,0 +1,308 @@
+"""`SharpTrainer`: the transformers `Trainer` whose gradient comes from a sharpness-aware method."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
+
+from hf_sharp.config import MethodLike, read_method
+from hf_sharp.landscape import Landscape
+from hf_sharp.methods.base import Method
+from hf_sharp.stepper import Stepper
+from hf_sharp.trainer_host import TrainerHost
+
+logger = logging.getLogger(__name__)
+CONFIG_NAME, STATE_NAME = "sharp_config.json", "sharp_state.safetensors"
+GENERATING = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer", "PPOTrainer")
+
+
+class SharpMixin:
+    """Puts a sharpness-aware method into a Trainer; the class it is mixed into comes after it.
+
+    It overrides `get_batch_samples` (to see the accumulation window), `training_step` (to run the method at the window's
+    last micro-batch, through the Trainer's own `training_step`), and, for what is written and read around them,
+    `_inner_training_loop`, `floating_point_ops`, `log`, `_save`, `_save_optimizer_and_scheduler`,
+    `_load_optimizer_and_scheduler` and `create_model_card`. Clipping, scaler, optimizer, scheduler, logging and saving stay
+    the Trainer's.
+
+    Args:
+        *args: the Trainer's.
+        method: a `Method`, a `SharpConfig`, a dict of its settings, a preset's name, or None for the Trainer as it is.
+        **kwargs: the Trainer's.
+    """
+
+    def __init__(self, *args: Any, method: MethodLike = None, **kwargs: Any) -> None:
+        self.method, self.sharp_config = read_method(method)
+        self._sharp_stepper: Stepper | None = None
+        self._sharp_loaded = self._sharp_announced = False
+        super().__init__(*args, **kwargs)
+        self._sharp_host = TrainerHost(self, super().training_step)  # pyright: ignore
+        if self.method is not None:
+            refuse(self, self.method)  # pyright: ignore
+            self._sharp_stepper = Stepper(self.method, self._sharp_host)
+            if self.model is not None:  # pyright: ignore
+                self._check_method()
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The Trainer's, remembering the window."""
+        batches, items = super().get_batch_samples(*args, **kwargs)  # pyright: ignore
+        if self._sharp_stepper is not None:
+            self._sharp_stepper.expect(batches)
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's for each micro-batch, and the rest of the method at the window's last one.
+
+        Args:
+            model: the model, wrapped for training.
+            inputs: the micro-batch; one that is not of the remembered window is a window of its own.
+            num_items_in_batch: the window's number of items.
+
+        Returns:
+            The micro-batch's loss, as the Trainer logs it.
+        """
+        stepper = self._sharp_stepper
+        if stepper is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore
+        self._sharp_host.wrapped, self._sharp_host.items = model, num_items_in_batch
+        last = self.accelerator.sync_gradients  # pyright: ignore
+        if not stepper.expects(inputs):
+            stepper.expect([inputs])
+            last = True
+        return stepper.micro_batch(inputs, last, measuring=self._logs_next_step())
+
+    def _logs_next_step(self) -> bool:
+        """Whether the step being made will be logged, as the Trainer's default flow decides it."""
+        args, state = self.args, self.state  # pyright: ignore
+        step = state.global_step + 1
+        if step == 1 and args.logging_first_step:
+            return True
+        if args.logging_strategy == "steps":
+            return bool(state.logging_steps) and step % state.logging_steps == 0
+        if args.logging_strategy == "epoch":
+            loader = self.callback_handler.train_dataloader  # pyright: ignore
+            if not hasattr(loader, "__len__"):
+                return False
+            return (
+                step % max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1) == 0
+                or step == state.max_steps
+            )
+        return False
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """The operations of all passes made since the last call, so that FLOs count what was computed."""
+        made, self._sharp_host.flops = self._sharp_host.flops, 0.0
+        return made or super().floating_point_ops(inputs)  # pyright: ignore
+
+    # --- the start of training ---------------------------------------------------------------------------------------
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.method is None:
+            return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
+        self.method.reset()
+        self._sharp_stepper = Stepper(self.method, self._sharp_host)
+        self._sharp_host.flops = 0.0
+        self._check_method()
+        if not self._sharp_announced and self.is_world_process_zero():  # pyright: ignore
+            self._sharp_announced = True
+            print(self.describe_method())
+        with self._described_arguments():
+            return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
+
+    def _check_method(self) -> None:
+        assert self.method is not None  # noqa: S101 - callers see to it
+        landscape = Landscape(self._sharp_host)
+        if not landscape.names:
+            raise ValueError("The model has no trainable parameter, so there is nothing to perturb.")
+        for _, part in self.method.walk():
+            part.check(landscape)
+
+    def describe_method(self) -> str:
+        """What the method moves in this model, in one line; printed when training starts.
+
+        Returns:
+            The method, its cost, and the number and share of tensors and entries that it moves.
+        """
+        if self.method is None:
+            return "hf_sharp: plain training (no method)."
+        landscape = Landscape(self._sharp_host)
+        sizes = {name: p.numel() for name, p in self._sharp_host.parameters.items()}
+        moved = self.method.moved(landscape)
+        entries, everything = sum(sizes[name] for name in moved), sum(sizes.values())
+        return (
+            f"hf_sharp: {self.method!r} looks around in {len(moved)} of {len(sizes)} trainable tensors ({entries:,} of "
+            f"{everything:,} entries, {100 * entries / everything:.1f} %) at {self.method.cost:g} passes a step."
+        )
+
+    @contextmanager
+    def _described_arguments(self) -> Iterator[None]:
+        """Trackers log `args.to_dict()` when training begins: let it say the method too, in this training only."""
+        arguments, method = self.args, repr(self.method)  # pyright: ignore
+        original = arguments.to_dict
+        settings = {} if self.sharp_config is None else self.sharp_config.to_dict()
+        extra = {
+            "sharp_method": method,
+            **{f"sharp_{key}": value for key, value in settings.items() if key != "method"},
+        }
+        arguments.to_dict = lambda: {**original(), **extra}
+        try:
+            yield
+        finally:
+            del arguments.to_dict
+
+    # --- logs --------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with the metrics of the step beside its loss."""
+        stepper = self._sharp_stepper
+        if stepper is not None and stepper.metrics and "loss" in logs:
+            logs.update(self._read_metrics(stepper.metrics))
+            stepper.metrics = {}
+        super().log(logs, *args, **kwargs)  # pyright: ignore
+
+    def _read_metrics(self, metrics: dict[str, Any]) -> dict[str, float]:
+        tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+        if tensors:  # one wait for the device, on logging steps only
+            stacked = torch.stack([t.to(self.args.device, torch.float64).reshape(()) for t in tensors.values()])  # pyright: ignore
+            if self.accelerator.num_processes > 1:  # pyright: ignore
+                stacked = self.accelerator.reduce(stacked, reduction="mean")  # pyright: ignore
+            metrics = {**metrics, **dict(zip(tensors, stacked.tolist(), strict=True))}
+        component, noise = metrics.get("sharp_component", 1.0), metrics.get("sharp_noise", 0.0)
+        if abs(component - 1) > 0.25 or noise > 2:
+            _warn_lost_shift(component, noise)
+        return metrics
+
+    # --- what is written and read ------------------------------------------------------------------------------------
+
+    def _record(self) -> dict[str, Any]:
+        settings = None if self.sharp_config is None else self.sharp_config.to_dict()
+        return {"repr": repr(self.method), "settings": settings}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # pyright: ignore
+        if self.method is not None:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)  # pyright: ignore
+            (folder / CONFIG_NAME).write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore
+        state = {} if self.method is None else self.method.state_dict()
+        if state and self.args.should_save:  # pyright: ignore
+            tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+            numbers = {key: json.dumps(value) for key, value in state.items() if not isinstance(value, Tensor)}
+            save_file(tensors, os.path.join(output_dir, STATE_NAME), metadata=numbers)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
+        if checkpoint is None:
+            return
+        config = Path(checkpoint) / CONFIG_NAME
+        saved = json.loads(config.read_text(encoding="utf-8"))["repr"] if config.is_file() else "None"
+        if saved != repr(self.method):
+            warnings.warn(f"The checkpoint was trained with {saved}, and goes on with {self.method!r}.", stacklevel=2)
+        path = os.path.join(checkpoint, STATE_NAME)
+        if self.method is not None and os.path.isfile(path):
+            with safe_open(path, framework="pt", device=str(self.args.device)) as file:  # pyright: ignore
+                numbers = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                self.method.load_state_dict({**numbers, **{key: file.get_tensor(key) for key in file.keys()}})
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with a section and a tag that say how the gradient was got."""
+        super().create_model_card(*args, **kwargs)  # pyright: ignore
+        path = Path(self.args.output_dir) / "README.md"  # pyright: ignore
+        if self.method is None or not self.is_world_process_zero() or not path.is_file():  # pyright: ignore
+            return
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        card.data.tags = sorted({*(card.data.tags or []), "sharpness-aware"})
+        card.text += f"\n\n### Sharpness-aware training\n\n`{self.method!r}`, {self.method.cost:g} passes a step.\n"
+        card.save(path)
+
+
+@functools.cache
+def _warn_lost_shift(component: float, noise: float) -> None:
+    warnings.warn(
+        f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of {noise:.2f} "
+        "times its length: so small a step rounds away in 16-bit weights. Use float32 weights with bf16=True, adapters, or "
+        "a larger rho.",
+        stacklevel=2,
+    )
+
+
+def refuse(trainer: Trainer, method: Method) -> None:
+    """Refuse, by name, the hosts in which a second backward pass cannot be right.
+
+    Args:
+        trainer: the Trainer.
+        method: the method it was given.
+
+    Raises:
+        ValueError: naming what stands in the way and the way out.
+    """
+    args, plugin = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
+    optimizer = str(getattr(args.optim, "value", args.optim)).lower()
+    generating = [cls.__name__ for cls in type(trainer).__mro__ if cls.__name__ in GENERATING]
+    reasons = {
+        "DeepSpeed makes its optimizer step inside the first backward pass. Use DDP": trainer.is_deepspeed_enabled,
+        "SageMaker model parallelism runs forward and backward as one. Use DDP": is_sagemaker_mp_enabled(),
+        "on XLA gradients are reduced inside the optimizer step. Train on GPUs or CPUs": is_torch_xla_available(),
+        "sharded parameters (FSDP) are not supported yet. Use DDP": trainer.is_fsdp_enabled,
+        "context parallelism shards the window's tensors in place. Train without it": bool(
+            getattr(plugin, "cp_enabled", False)
+        ),
+        f"the optimizer '{optimizer}' steps inside the backward pass. Use adamw_torch": "lomo" in optimizer
+        or "layerwise" in optimizer,
+        f"{', '.join(generating)} generates its data between steps and cannot repeat a pass over it. Train offline, with "
+        "SFT, DPO or reward modelling": bool(generating),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"{type(method).__name__} needs further passes over the same window, but {reason}.")
+
+
+class SharpTrainer(SharpMixin, Trainer):
+    """`transformers.Trainer` with one more argument, `method`; see `SharpMixin`.
+
+    Example:
+        >>> from hf_sharp import sam
+        >>> trainer = SharpTrainer(model, args, method=sam(rho=0.05), train_dataset=train)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+
+class SharpSeq2SeqTrainer(SharpMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with one more argument, `method`; see `SharpMixin`."""
+
+
+@functools.cache
+def make_sharp(trainer: type[Trainer]) -> type[Trainer]:
+    """A sharpness-aware version of any Trainer class.
+
+    Args:
+        trainer: a subclass of `transformers.Trainer`.
+
+    Returns:
+        A subclass of it that takes `method=`, named `Sharp` + its name; the same class on every call.
+    """
+    if issubclass(trainer, SharpMixin):
+        return trainer
+    return type(
+        f"Sharp{trainer.__name__}", (SharpMixin, trainer), {"__module__": __name__, "__doc__": trainer.__doc__}
+    )

@@ -1,0 +1,184 @@
+"""`TrainerHost`: what the engine needs of a transformers `Trainer`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_sharp.host import Host
+
+Step = Callable[[nn.Module, Any, Any], Tensor]
+
+
+class TrainerHost(Host):
+    """The Trainer's own micro-batch step as a `Host`.
+
+    Args:
+        trainer: the Trainer.
+        step: its `training_step`, below the door.
+    """
+
+    def __init__(self, trainer: Trainer, step: Step) -> None:
+        self.trainer = trainer
+        self._step = step
+        self.wrapped: nn.Module | None = None  # the model and item count that the Trainer gave with the micro-batch
+        self.items: Any = None
+        self.flops = 0.0  # of the passes made since the Trainer last asked
+        self._known: tuple[Any, dict[str, nn.Parameter]] = (None, {})
+        self._largest_lr = 0.0
+        self._warned = False
+
+    @property
+    def model(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The unwrapped model."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The optimizer's trainables by the model's names; before there is an optimizer, the model's trainables."""
+        groups = [] if self.trainer.optimizer is None else self.trainer.optimizer.param_groups
+        key = [(id(group["params"]), len(group["params"])) for group in groups]
+        if self._known[0] != key or not groups:
+            inside = {id(p) for group in groups for p in group["params"]}
+            named = self.model.named_parameters()
+            chosen = {name: p for name, p in named if (id(p) in inside if groups else p.requires_grad)}
+            self._known = (key, chosen)
+        return self._known[1]
+
+    @property
+    def step(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The Trainer's global step."""
+        return self.trainer.state.global_step
+
+    @property
+    def total_steps(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The Trainer's last step, known once it trains."""
+        return self.trainer.state.max_steps or None
+
+    @property
+    def warmup_steps(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The warm-up of the arguments."""
+        steps = self.total_steps
+        return None if steps is None else self.trainer.args.get_warmup_steps(steps)
+
+    @property
+    def lr(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The first group's learning rate."""
+        optimizer = self.trainer.optimizer
+        return self.trainer.args.learning_rate if optimizer is None else float(optimizer.param_groups[0]["lr"])
+
+    @property
+    def lr_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The first group's `initial_lr`, which schedulers set, else the largest learning rate seen."""
+        optimizer = self.trainer.optimizer
+        self._largest_lr = max(self._largest_lr, self.lr)
+        return (
+            self._largest_lr
+            if optimizer is None
+            else float(optimizer.param_groups[0].get("initial_lr", self._largest_lr))
+        )
+
+    @property
+    def loss_scale(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The scaler's factor, read without waiting for the device."""
+        one = torch.ones((), device=self.trainer.args.device)
+        scaler = self.trainer.accelerator.scaler
+        return one if scaler is None or not scaler.is_enabled() else scaler.scale(one)
+
+    @property
+    def seed(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The arguments' seed."""
+        return self.trainer.args.seed
+
+    def backward(self, batch: Any, only: Sequence[nn.Parameter] | None) -> Tensor:
+        """The Trainer's own `training_step`; towards `only`, through `accelerator.backward(inputs=...)`."""
+        assert self.wrapped is not None  # noqa: S101 - the door sets it with every micro-batch
+        if isinstance(batch, dict):
+            self.flops += float(Trainer.floating_point_ops(self.trainer, batch))
+        if only is None or not self._subset_works():
+            return self._step(self.wrapped, batch, self.items)
+        with _patched(self.trainer.accelerator, "backward", inputs=list(only)):
+            return self._step(self.wrapped, batch, self.items)
+
+    def forward(self, batch: Any) -> Any:
+        """The wrapped model's outputs for the prepared inputs."""
+        assert self.wrapped is not None  # noqa: S101 - the door sets it with every micro-batch
+        self.wrapped.train()
+        inputs = self.trainer._prepare_inputs(batch)
+        with self.trainer.compute_loss_context_manager():
+            return self.wrapped(**inputs)
+
+    def row_backward(self, row: Any) -> None:
+        """The Trainer's `compute_loss` of one row, backward without a reduction over ranks."""
+        trainer, model = self.trainer, self.wrapped
+        assert model is not None  # noqa: S101 - the door sets it with every micro-batch
+        with trainer.accelerator.no_sync(model):
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, trainer._prepare_inputs(row))
+            trainer.accelerator.backward(loss.mean())  # pyright: ignore[reportAttributeAccessIssue]
+
+    @contextmanager
+    def window(self, batches: Sequence[Any]) -> Iterator[None]:
+        """The Trainer's item count and number of micro-batches are those of `batches`."""
+        trainer, items = self.trainer, self.items
+        count = trainer.current_gradient_accumulation_steps
+        try:
+            trainer.current_gradient_accumulation_steps = len(batches)
+            self.items = trainer._get_num_items_in_batch(list(batches), trainer.args.device)
+            yield
+        finally:
+            self.items, trainer.current_gradient_accumulation_steps = items, count
+
+    def unsynced(self) -> AbstractContextManager[Any]:
+        """Accelerate's `no_sync`, as the Trainer's loop uses it for all but a window's last micro-batch."""
+        return self.trainer.accelerator.no_sync(self.wrapped)
+
+    def mean_over_ranks(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Accelerate's reduction."""
+        return [self.trainer.accelerator.reduce(t, reduction="mean") for t in tensors]  # pyright: ignore
+
+    def _subset_works(self) -> bool:
+        """Whether a backward towards some parameters alone is possible here; says once what it costs where not."""
+        trainer = self.trainer
+        reasons = {
+            "gradients are reduced over ranks": trainer.accelerator.num_processes > 1,
+            "the model is replicated by DataParallel": trainer.args.n_gpu > 1,
+            "reentrant gradient checkpointing needs the full backward": self._reentrant(),
+        }
+        reason = next((text for text, holds in reasons.items() if holds), None)
+        if reason is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The ascent of this method needs few gradients, but {reason}: all are computed, and a step costs the time "
+                "of two full passes.",
+                stacklevel=2,
+            )
+        return reason is None
+
+    def _reentrant(self) -> bool:
+        for module in self.model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(module, "gradient_checkpointing", False) and function is not None:
+                return getattr(function, "keywords", {}).get("use_reentrant", True) is not False
+        return False
+
+
+@contextmanager
+def _patched(owner: Any, name: str, **keywords: Any) -> Iterator[None]:
+    """While open, `owner.name` is called with these keywords too."""
+    had, original = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, functools.partial(original, **keywords))
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)

@@ -1,0 +1,248 @@
+"""`ParamVector`: one vector over the trainable parameters, and all arithmetic on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+TINY = 1e-12  # the smallest norm divided by: a clamp, so that it bends nothing but the zero
+Scalar = float | Tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better, the precision in which norms and products are taken.
+
+    Args:
+        tensor: of any floating dtype and shape.
+
+    Returns:
+        The tensor itself, or a float32 copy of a 16-bit one.
+    """
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of 0-dim tensors, on the device of the first.
+
+    Args:
+        terms: 0-dim tensors on any devices.
+
+    Returns:
+        A 0-dim tensor; zero if there are none.
+    """
+    terms = list(terms)
+    if not terms:
+        return torch.zeros(())
+    device, dtype = terms[0].device, max((t.dtype for t in terms), key=lambda d: d.itemsize)
+    return torch.stack([t.to(device, dtype) for t in terms]).sum()
+
+
+def alike(*lists: Sequence[Tensor]) -> bool:
+    """Whether all tensors share one dtype and device, so that one foreach call is one kernel.
+
+    Args:
+        *lists: lists of tensors.
+
+    Returns:
+        True for one dtype and device, also for empty lists.
+    """
+    return len({(t.dtype, t.device) for tensors in lists for t in tensors}) <= 1
+
+
+def move_(targets: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+    """Add each step to its target, in place.
+
+    Args:
+        targets: the tensors that change.
+        steps: of the same shapes.
+    """
+    if alike(targets, steps):
+        torch._foreach_add_(list(targets), list(steps))
+    else:
+        for target, step in zip(targets, steps, strict=True):
+            target.add_(step.to(target.device))
+
+
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, in place.
+
+    Args:
+        targets: the tensors that change.
+        sources: of the same shapes.
+    """
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+class ParamVector:
+    """One vector, kept as one tensor a parameter; None stands for zeros that nobody needs to store.
+
+    The operations return new vectors and leave their operands alone, with one exception: a vector that its owner has
+    *given up* (`Evaluation.take`) is changed in place by whoever calls `own`, so that an ascent gradient becomes the
+    perturbation without a copy. Names ending in `_` work in place.
+
+    Args:
+        tensors: one entry a parameter, in the order of the landscape's parameters.
+    """
+
+    __slots__ = ("given_up", "tensors")
+
+    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
+        self.tensors: list[Tensor | None] = list(tensors)
+        self.given_up = False
+
+    def __repr__(self) -> str:
+        present = self.present()
+        return f"ParamVector({len(present)} of {len(self.tensors)} tensors, {sum(t.numel() for t in present)} entries)"
+
+    def present(self) -> list[Tensor]:
+        """The tensors that are there.
+
+        Returns:
+            All entries that are not None.
+        """
+        return [t for t in self.tensors if t is not None]
+
+    def own(self) -> ParamVector:
+        """A vector that the caller may change in place: this one if it was given up, else a copy.
+
+        Returns:
+            The vector to work on.
+        """
+        if self.given_up:
+            self.given_up = False
+            return self
+        return self.map(torch.clone)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ParamVector:
+        """The vector of `function(t)` for each tensor there is.
+
+        Args:
+            function: from a tensor to one of the same shape.
+
+        Returns:
+            A new vector, None where this one has None.
+        """
+        return ParamVector(None if t is None else function(t) for t in self.tensors)
+
+    def pairs(self, other: ParamVector) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that both vectors have.
+
+        Args:
+            other: a vector over the same parameters.
+
+        Returns:
+            Pairs of tensors.
+        """
+        both = zip(self.tensors, other.tensors, strict=True)
+        return [(a, b) for a, b in both if a is not None and b is not None]
+
+    def norm(self) -> Tensor:
+        """The L2 norm over all entries, in float32 or better, without a host synchronisation.
+
+        Returns:
+            A 0-dim tensor.
+        """
+        present = self.present()
+        if not present:
+            return torch.zeros(())
+        if alike(present):
+            narrow = present[0].dtype.itemsize < 4
+            norms = list(torch._foreach_norm(present, 2, dtype=torch.float32 if narrow else None))
+        else:
+            norms = [torch.linalg.vector_norm(wide(t)) for t in present]
+        return (
+            total(n.square() for n in norms).sqrt()
+            if not alike(norms)
+            else torch.linalg.vector_norm(torch.stack(norms))
+        )
+
+    def dot(self, other: ParamVector) -> Tensor:
+        """The inner product, in float32 or better.
+
+        Args:
+            other: a vector over the same parameters.
+
+        Returns:
+            A 0-dim tensor.
+        """
+        return total((wide(a) * wide(b)).sum() for a, b in self.pairs(other))
+
+    def scale_(self, factor: Scalar) -> ParamVector:
+        """Multiply all entries, in place.
+
+        Args:
+            factor: a number or a 0-dim tensor; inf and NaN flow through.
+
+        Returns:
+            This vector.
+        """
+        present = self.present()
+        if not isinstance(factor, Tensor) or (present and alike(present, [factor])):
+            torch._foreach_mul_(present, factor)
+        else:
+            for tensor in present:
+                tensor.mul_(factor.to(tensor.device))
+        return self
+
+    def scale(self, factor: Scalar) -> ParamVector:
+        """The vector times a number.
+
+        Args:
+            factor: a number or a 0-dim tensor.
+
+        Returns:
+            A new vector.
+        """
+        return self.map(torch.clone).scale_(factor)
+
+    def unit(self) -> ParamVector:
+        """The vector divided by its norm; zero stays zero.
+
+        Returns:
+            A new vector of norm one.
+        """
+        return self.scale(1 / self.norm().clamp_min(TINY))
+
+    def add(self, other: ParamVector, alpha: Scalar = 1.0) -> ParamVector:
+        """This vector plus `alpha` times the other.
+
+        Args:
+            other: a vector over the same parameters.
+            alpha: a number or a 0-dim tensor.
+
+        Returns:
+            A new vector, None only where both have None.
+        """
+
+        def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            if b is None:
+                return None if a is None else a.clone()
+            factor = alpha.to(b.device) if isinstance(alpha, Tensor) else alpha
+            return b * factor if a is None else a + b * factor
+
+        return ParamVector(plus(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
+
+    def sub(self, other: ParamVector) -> ParamVector:
+        """This vector minus the other.
+
+        Args:
+            other: a vector over the same parameters.
+
+        Returns:
+            A new vector, None only where both have None.
+        """
+        return self.add(other, -1.0)
+
+    def reject(self, other: ParamVector) -> ParamVector:
+        """The part of this vector that is orthogonal to the other.
+
+        Args:
+            other: a vector over the same parameters.
+
+        Returns:
+            A new vector.
+        """
+        return self.add(other, -self.dot(other) / other.dot(other).clamp_min(TINY**2))
