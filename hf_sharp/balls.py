@@ -1,7 +1,7 @@
 """How far is far: the ball in which a perturbation looks for the worst loss.
 
-A ball is a positive diagonal metric M. Among all e with e' M^-1 e <= rho^2, the one that raises the linearised loss most
-is
+A ball is a positive diagonal metric M. Among all e with e' M^-1 e <= rho^2, the one that raises the linearised loss
+most is
 
     e = rho M g / sqrt(g' M g)
 
@@ -82,7 +82,7 @@ class Ball(Part):
         return total(products).sqrt()
 
     def _images(self, grad: ParamVector, landscape: Landscape) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One parameter at a time, so that temporaries are a tensor's size: g as stored, g and M g in float32 or better."""
+        """One parameter at a time, so that temporaries stay small: g as stored; g and M g in float32 or better."""
         for stored, w, name in zip(grad.tensors, landscape.weights.tensors, landscape.names, strict=True):
             if stored is not None and w is not None:
                 g = wide(stored)
@@ -115,9 +115,9 @@ class AdaptiveBall(Ball):
 
     Args:
         eta: added to |w| in T, so that weights at zero are perturbed too.
-        on: "weights": T = |w| + eta on the tensors named `weight` (linear, convolution, embedding and normalisation layers),
-            1 elsewhere, as the authors' code has it. "all": T = |w| + eta everywhere; with eta = 0 this is the widely used
-            variant of davda54/sam.
+        on: "weights": T = |w| + eta on the tensors named `weight` (linear, convolution, embedding and normalisation
+            layers), 1 elsewhere, as the authors' code has it. "all": T = |w| + eta everywhere; with eta = 0 this is
+            the widely used variant of davda54/sam.
     """
 
     eta: float = 0.01

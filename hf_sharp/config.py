@@ -95,7 +95,8 @@ class SharpConfig:
             The method.
 
         Raises:
-            ValueError: if there is no such method, or an option is set that it does not take, or a value cannot be right.
+            ValueError: if there is no such method, or an option is set that it does not take, or a value cannot be
+                right.
         """
         taken, given = options_of(self.method), self.to_dict()
         del given["method"]
@@ -139,7 +140,8 @@ class SharpConfig:
         if unknown:
             method = settings.get("method", "sam")
             raise ValueError(
-                f"No method has an option {', '.join(map(str, unknown))}. '{method}' takes {', '.join(options_of(method))}."
+                f"No method has an option {', '.join(map(str, unknown))}. "
+                f"'{method}' takes {', '.join(options_of(method))}."
             )
         return cls(**settings)
 
@@ -189,6 +191,7 @@ def read_method(method: MethodLike) -> tuple[Method | None, SharpConfig | None]:
         config = method
     else:
         raise ValueError(
-            f"method is a Method, a SharpConfig, a dict of settings, a name ({', '.join(METHODS)}) or None; got {method!r}."
+            "method is a Method, a SharpConfig, a dict of settings, a preset's name "
+            f"({', '.join(METHODS)}) or None; got {method!r}."
         )
     return config.build(), config

@@ -140,9 +140,9 @@ class Landscape:
         """The loss and gradient at the present weights.
 
         Args:
-            fraction: the share of the window to use: whole micro-batches if it has several, else rows of the batch (whose
-                dropout masks are their own). Such an evaluation never counts as the step's first one and leaves the
-                random streams alone. Its loss is normalised as if its part were the window.
+            fraction: the share of the window to use: whole micro-batches if it has several, else rows of the batch
+                (whose dropout masks are their own). Such an evaluation never counts as the step's first one and
+                leaves the random streams alone. Its loss is normalised as if its part were the window.
             only: names of the parameters whose gradient is needed; the weight-gradient work of the others is skipped
                 where the host allows it. None for all.
 
@@ -227,8 +227,8 @@ class Landscape:
     def shifted(self, epsilon: ParamVector) -> Iterator[None]:
         """While open, the weights are shifted by epsilon; afterwards they are bitwise what they were.
 
-        Only what epsilon has tensors for is copied and moved. Epsilon is not kept: if the caller keeps none either, its
-        memory is free during the evaluations inside.
+        Only what epsilon has tensors for is copied and moved. Epsilon is not kept: if the caller keeps none either,
+        its memory is free during the evaluations inside.
 
         Args:
             epsilon: the perturbation.
@@ -309,8 +309,9 @@ class Landscape:
             grads.append(None if only is not None and name not in only else grad)
         if only is not None and all(g is None for g in grads):
             raise RuntimeError(
-                "No gradient came for the parameters asked for: a part of the model does not support a backward towards "
-                "a subset (reentrant checkpointing, for one). Use use_reentrant=False, or a method over all parameters."
+                "No gradient came for the parameters asked for: the loss does not reach them, or a part of the model "
+                "does not support a backward towards a subset (reentrant checkpointing, for one: use "
+                "use_reentrant=False, or a method over all parameters)."
             )
         return ParamVector(grads)
 

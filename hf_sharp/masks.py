@@ -1,7 +1,7 @@
-"""Which weights are perturbed: whole parameters (`NormLayers`, `ByName`) or single entries (`FisherMask`, `RandomMask`).
+"""Which weights are perturbed: whole parameters (`NormLayers`, `ByName`) or entries (`FisherMask`, `RandomMask`).
 
-A mask over parameters restricts the vector before its norm is taken, so that ||e|| = rho. A mask over entries drops them
-afterwards, so that ||e|| <= rho as in the papers' code, unless `renormalise` is set.
+A mask over parameters restricts the vector before its norm is taken, so that ||e|| = rho. A mask over entries drops
+them afterwards, so that ||e|| <= rho as in the papers' code, unless `renormalise` is set.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hf_sharp.part import Part
-from hf_sharp.vector import ParamVector, wide
+from hf_sharp.vector import ParamVector, total, wide
 
 if TYPE_CHECKING:
     from hf_sharp.landscape import Landscape
@@ -67,8 +67,8 @@ class Mask(Part):
         names = self.names(landscape)
         if names is not None and not names:
             raise ValueError(
-                f"The mask {self!r} selects none of the {len(landscape.names)} trainable parameters, so nothing would be "
-                f"perturbed. They are named like {landscape.names[:3]}."
+                f"The mask {self!r} selects none of the {len(landscape.names)} trainable parameters, so nothing would "
+                f"be perturbed. They are named like {landscape.names[:3]}."
             )
 
 
@@ -174,8 +174,9 @@ class FisherMask(_Refreshed):
     Args:
         keep: the share of eligible entries that is perturbed; int(keep x eligible) are.
         every: how many steps a mask is used; the step that refreshes it perturbs like any other.
-        fisher: "batch": the square of the window's mean gradient, as in the authors' code, at no cost. "per_sample": the mean
-            of the squared gradients of single rows in evaluation mode, as in the paper, at one backward a row.
+        fisher: "batch": the square of the window's mean gradient, as in the authors' code, at no cost. "per_sample":
+            the mean of the squared gradients of single rows in evaluation mode, as in the paper, at one backward a
+            row.
         samples: how many rows of the window "per_sample" uses, on each rank.
         scope: "global": the largest over the whole network. "tensor": over each parameter by itself.
         outside: what happens to parameters named `bias` or `embed` and those of BatchNorm, which are not eligible:
@@ -253,8 +254,8 @@ class FisherMask(_Refreshed):
 def largest(scores: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
     """The largest int(keep x entries) of all scores, ties going to the entries that come first.
 
-    The k-th largest value is found by bisection over the bit patterns of the numbers (which order non-negative floats), on
-    the device: 31 counts for float32, 63 for float64, no sort and no wait.
+    The k-th largest value is found by bisection over the bit patterns of the numbers (which order non-negative
+    floats), on the device: 31 counts for float32, 63 for float64, no sort and no wait.
 
     Args:
         scores: non-negative tensors.
@@ -273,10 +274,10 @@ def largest(scores: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
     low = torch.zeros((), dtype=torch.int64, device=home.device)
     high = torch.full_like(low, torch.iinfo(home.dtype).max)
     for _ in range(torch.iinfo(home.dtype).bits - 1):  # the largest t with at least k entries >= t
-        middle = low + (high - low + 1) // 2
-        enough = sum((b >= middle.to(b.device)).sum().to(low.device) for b in bits.values()) >= k
+        middle = high - (high - low) // 2
+        enough = total((b >= middle.to(b.device)).sum() for b in bits.values()) >= k
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle - 1)
-    spare = k - sum((b > low.to(b.device)).sum().to(low.device) for b in bits.values())
+    spare = k - total((b > low.to(b.device)).sum() for b in bits.values())
     masks = {}
     for name, b in bits.items():
         threshold = low.to(b.device)

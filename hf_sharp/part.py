@@ -14,7 +14,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a method (a ball, a mask, a method itself): its fields are settings, its `_state` is what training changes.
+    """A piece of a method (a ball, a mask, a method itself): fields are settings, `_state` is what training changes.
 
     Subclasses are frozen dataclasses. A value in `_state` is an int, a float, a tensor, or a dict of tensors keyed by
     parameter name; it is *replaced*, never changed in place, so that a step which fails is undone by putting the old

@@ -1,4 +1,4 @@
-"""Methods under the names of the literature; their keywords are also the options of `SharpConfig` and the command line."""
+"""Methods under the names of the literature; their keywords are the options of `SharpConfig` too."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def asam(rho: Rho = 0.5, eta: float = 0.01, on: str = "weights") -> SAM:
     Args:
         rho: the radius, about ten times that of SAM; 0.5 and eta 0.01 are the authors' defaults.
         eta: added to |w| in T.
-        on: "weights": T = |w| + eta on tensors named `weight`, 1 elsewhere (the authors' code); "all": everywhere (with
-            eta = 0 the variant of davda54/sam).
+        on: "weights": T = |w| + eta on tensors named `weight`, 1 elsewhere (the authors' code); "all": everywhere
+            (with eta = 0 the variant of davda54/sam).
 
     Returns:
         The method, of cost 2.
@@ -58,13 +58,13 @@ def fsam(
     renormalise: bool = False,
     samples: int = 32,
 ) -> SAM:
-    """FSAM, SAM on a Fisher *mask* (Zhong et al., EMNLP Findings 2022): e = rho g / ||g||, on the entries of largest Fisher.
+    """FSAM, SAM on a Fisher *mask* (Zhong et al., EMNLP Findings 2022): e = rho m g / ||g||, m the largest Fisher.
 
     Not Fisher-*metric* SAM (Kim et al., 2022: `fisher_sam`), and not Friendly SAM (Li et al., 2024).
 
     Args:
-        rho: the radius of the perturbation before masking; the paper tunes it in {0.001, 0.005, 0.01} on GLUE, its code
-            says 0.05.
+        rho: the radius of the perturbation before masking; the paper tunes it in {0.001, 0.005, 0.01} on GLUE, its
+            code says 0.05.
         keep: the share of eligible entries that is perturbed.
         every: how many steps a mask is used.
         fisher: "batch" (the authors' code: no cost) or "per_sample" (the paper: one backward a row at each refresh).
@@ -97,7 +97,8 @@ def sam_on(rho: Rho = 0.5, ball: str = "l2", eta: float = 0.01) -> SAM:
         eta: of the adaptive ball.
 
     Returns:
-        The method, of cost 2 (measured about 1.8: the ascent skips the other weight gradients where the host allows it).
+        The method, of cost 2 (measured about 1.8: the ascent skips the other weight gradients where the host allows
+        it).
 
     Raises:
         ValueError: if there is no such ball.

@@ -123,11 +123,7 @@ class ZeroDuringWarmup:
         radius(self.rho)
 
     def __call__(self, landscape: Landscape) -> float:
-        """The radius at the landscape's step.
-
-        Raises:
-            ValueError: if the length of the warm-up is not known.
-        """
+        """The radius at the landscape's step; refuses when the length of the warm-up is not known."""
         steps = landscape.warmup_steps if self.steps is None else self.steps
         if steps is None:
             raise ValueError(

@@ -54,7 +54,8 @@ def realised(weights: Sequence[nn.Parameter], saved: Sequence[Tensor], steps: Se
         steps: the intended shift e.
 
     Returns:
-        `sharp_component` = <w' - w, e> / |e|^2, which should be 1, and `sharp_noise` = |w' - w - e| / |e|; 1 and 0 for e = 0.
+        `sharp_component` = <w' - w, e> / |e|^2, which should be 1, and `sharp_noise` = |w' - w - e| / |e|; 1 and 0
+        for e = 0.
     """
     along, length, noise = [], [], []
     for weight, old, step in zip(weights, saved, steps, strict=True):

@@ -14,7 +14,7 @@ from hf_sharp.part import State
 
 
 class Stepper:
-    """One optimizer step's gradient after another: the host's micro-batch calls go in, `p.grad` is ready after the last.
+    """One step's gradient after another: the host's micro-batch calls go in, `p.grad` is ready after the last.
 
     Args:
         method: the rule for getting a gradient.

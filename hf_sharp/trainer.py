@@ -8,8 +8,6 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +33,11 @@ GENERATING = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "NashMDTrainer",
 class SharpMixin:
     """Puts a sharpness-aware method into a Trainer; the class it is mixed into comes after it.
 
-    It overrides `get_batch_samples` (to see the accumulation window), `training_step` (to run the method at the window's
-    last micro-batch, through the Trainer's own `training_step`), and, for what is written and read around them,
-    `_inner_training_loop`, `floating_point_ops`, `log`, `_save`, `_save_optimizer_and_scheduler`,
-    `_load_optimizer_and_scheduler` and `create_model_card`. Clipping, scaler, optimizer, scheduler, logging and saving stay
-    the Trainer's.
+    It overrides `get_batch_samples` (to see the accumulation window), `training_step` (to run the method at the
+    window's last micro-batch, through the Trainer's own `training_step`), and, for what is written and read around
+    them, `_inner_training_loop`, `floating_point_ops`, `log`, `_save`, `_save_optimizer_and_scheduler`,
+    `_load_optimizer_and_scheduler` and `create_model_card`. Clipping, scaler, optimizer, scheduler, logging and
+    saving stay the Trainer's.
 
     Args:
         *args: the Trainer's.
@@ -63,6 +61,7 @@ class SharpMixin:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The Trainer's, remembering the window."""
+        self._undescribe_arguments()
         batches, items = super().get_batch_samples(*args, **kwargs)  # pyright: ignore
         if self._sharp_stepper is not None:
             self._sharp_stepper.expect(batches)
@@ -124,11 +123,14 @@ class SharpMixin:
         if not self._sharp_announced and self.is_world_process_zero():  # pyright: ignore
             self._sharp_announced = True
             print(self.describe_method())
-        with self._described_arguments():
+        self._describe_arguments()
+        try:
             return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
+        finally:
+            self._undescribe_arguments()
 
     def _check_method(self) -> None:
-        assert self.method is not None  # noqa: S101 - callers see to it
+        assert self.method is not None
         landscape = Landscape(self._sharp_host)
         if not landscape.names:
             raise ValueError("The model has no trainable parameter, so there is nothing to perturb.")
@@ -148,25 +150,20 @@ class SharpMixin:
         moved = self.method.moved(landscape)
         entries, everything = sum(sizes[name] for name in moved), sum(sizes.values())
         return (
-            f"hf_sharp: {self.method!r} looks around in {len(moved)} of {len(sizes)} trainable tensors ({entries:,} of "
-            f"{everything:,} entries, {100 * entries / everything:.1f} %) at {self.method.cost:g} passes a step."
+            f"hf_sharp: {self.method!r} looks around in {len(moved)} of {len(sizes)} trainable tensors "
+            f"({entries:,} of {everything:,} entries, {100 * entries / everything:.1f} %) at {self.method.cost:g} passes a step."
         )
 
-    @contextmanager
-    def _described_arguments(self) -> Iterator[None]:
-        """Trackers log `args.to_dict()` when training begins: let it say the method too, in this training only."""
+    def _describe_arguments(self) -> None:
+        """Trackers log `args.to_dict()` when training begins: until the first window it says the method too."""
         arguments, method = self.args, repr(self.method)  # pyright: ignore
         original = arguments.to_dict
         settings = {} if self.sharp_config is None else self.sharp_config.to_dict()
-        extra = {
-            "sharp_method": method,
-            **{f"sharp_{key}": value for key, value in settings.items() if key != "method"},
-        }
+        extra = {f"sharp_{key}": value for key, value in settings.items()} | {"sharp_method": method}
         arguments.to_dict = lambda: {**original(), **extra}
-        try:
-            yield
-        finally:
-            del arguments.to_dict
+
+    def _undescribe_arguments(self) -> None:
+        vars(self.args).pop("to_dict", None)  # pyright: ignore
 
     # --- logs --------------------------------------------------------------------------------------------------------
 
@@ -231,7 +228,8 @@ class SharpMixin:
         if self.method is None or not self.is_world_process_zero() or not path.is_file():  # pyright: ignore
             return
         card = ModelCard.load(path, ignore_metadata_errors=True)
-        card.data.tags = sorted({*(card.data.tags or []), "sharpness-aware"})
+        tags = card.data.to_dict().get("tags") or []
+        card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "sharpness-aware"})
         card.text += f"\n\n### Sharpness-aware training\n\n`{self.method!r}`, {self.method.cost:g} passes a step.\n"
         card.save(path)
 
@@ -239,9 +237,9 @@ class SharpMixin:
 @functools.cache
 def _warn_lost_shift(component: float, noise: float) -> None:
     warnings.warn(
-        f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of {noise:.2f} "
-        "times its length: so small a step rounds away in 16-bit weights. Use float32 weights with bf16=True, adapters, or "
-        "a larger rho.",
+        f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of "
+        f"{noise:.2f} times its length: so small a step rounds away in 16-bit weights. Use float32 weights with "
+        "bf16=True, adapters, or a larger rho.",
         stacklevel=2,
     )
 
@@ -269,8 +267,8 @@ def refuse(trainer: Trainer, method: Method) -> None:
         ),
         f"the optimizer '{optimizer}' steps inside the backward pass. Use adamw_torch": "lomo" in optimizer
         or "layerwise" in optimizer,
-        f"{', '.join(generating)} generates its data between steps and cannot repeat a pass over it. Train offline, with "
-        "SFT, DPO or reward modelling": bool(generating),
+        f"{', '.join(generating)} generates its data between steps and cannot repeat a pass over it. Train offline, "
+        "with SFT, DPO or reward modelling": bool(generating),
     }
     for reason, holds in reasons.items():
         if holds:

@@ -28,7 +28,7 @@ class TrainerHost(Host):
     def __init__(self, trainer: Trainer, step: Step) -> None:
         self.trainer = trainer
         self._step = step
-        self.wrapped: nn.Module | None = None  # the model and item count that the Trainer gave with the micro-batch
+        self.wrapped: Any = trainer.model  # with `items`, what the Trainer gave with the micro-batch
         self.items: Any = None
         self.flops = 0.0  # of the passes made since the Trainer last asked
         self._known: tuple[Any, dict[str, nn.Parameter]] = (None, {})
@@ -43,7 +43,7 @@ class TrainerHost(Host):
     @property
     def parameters(self) -> dict[str, nn.Parameter]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The optimizer's trainables by the model's names; before there is an optimizer, the model's trainables."""
-        groups = [] if self.trainer.optimizer is None else self.trainer.optimizer.param_groups
+        groups = self._groups
         key = [(id(group["params"]), len(group["params"])) for group in groups]
         if self._known[0] != key or not groups:
             inside = {id(p) for group in groups for p in group["params"]}
@@ -51,6 +51,10 @@ class TrainerHost(Host):
             chosen = {name: p for name, p in named if (id(p) in inside if groups else p.requires_grad)}
             self._known = (key, chosen)
         return self._known[1]
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return getattr(self.trainer.optimizer, "param_groups", [])
 
     @property
     def step(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -71,19 +75,14 @@ class TrainerHost(Host):
     @property
     def lr(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The first group's learning rate."""
-        optimizer = self.trainer.optimizer
-        return self.trainer.args.learning_rate if optimizer is None else float(optimizer.param_groups[0]["lr"])
+        groups = self._groups
+        return float(groups[0]["lr"]) if groups else self.trainer.args.learning_rate
 
     @property
     def lr_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The first group's `initial_lr`, which schedulers set, else the largest learning rate seen."""
-        optimizer = self.trainer.optimizer
-        self._largest_lr = max(self._largest_lr, self.lr)
-        return (
-            self._largest_lr
-            if optimizer is None
-            else float(optimizer.param_groups[0].get("initial_lr", self._largest_lr))
-        )
+        groups, self._largest_lr = self._groups, max(self._largest_lr, self.lr)
+        return float(groups[0].get("initial_lr", self._largest_lr)) if groups else self._largest_lr
 
     @property
     def loss_scale(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -99,7 +98,6 @@ class TrainerHost(Host):
 
     def backward(self, batch: Any, only: Sequence[nn.Parameter] | None) -> Tensor:
         """The Trainer's own `training_step`; towards `only`, through `accelerator.backward(inputs=...)`."""
-        assert self.wrapped is not None  # noqa: S101 - the door sets it with every micro-batch
         if isinstance(batch, dict):
             self.flops += float(Trainer.floating_point_ops(self.trainer, batch))
         if only is None or not self._subset_works():
@@ -109,7 +107,6 @@ class TrainerHost(Host):
 
     def forward(self, batch: Any) -> Any:
         """The wrapped model's outputs for the prepared inputs."""
-        assert self.wrapped is not None  # noqa: S101 - the door sets it with every micro-batch
         self.wrapped.train()
         inputs = self.trainer._prepare_inputs(batch)
         with self.trainer.compute_loss_context_manager():
@@ -118,7 +115,6 @@ class TrainerHost(Host):
     def row_backward(self, row: Any) -> None:
         """The Trainer's `compute_loss` of one row, backward without a reduction over ranks."""
         trainer, model = self.trainer, self.wrapped
-        assert model is not None  # noqa: S101 - the door sets it with every micro-batch
         with trainer.accelerator.no_sync(model):
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, trainer._prepare_inputs(row))
@@ -156,8 +152,8 @@ class TrainerHost(Host):
         if reason is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"The ascent of this method needs few gradients, but {reason}: all are computed, and a step costs the time "
-                "of two full passes.",
+                f"The ascent of this method needs few gradients, but {reason}: all are computed, and a step costs "
+                "the time of two full passes.",
                 stacklevel=2,
             )
         return reason is None

@@ -1,0 +1,53 @@
+# Every target sets up what it needs, on a fresh machine too: a virtual environment in .venv with the versions of
+# constraints.txt. The set-up runs again only when pyproject.toml or constraints.txt has changed.
+#
+#   make quickstart [ARGS="--method sam"]    make test [ARGS="-k sam"]    make lint    make format    make bench
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Installed first and by its exact version: a bare `torch` may bring gigabytes of another build.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+SOURCES := $(wildcard hf_sharp recipes benchmarks tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format bench clean
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hf_sharp needs Python 3.10 or newer; name one: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV) (some minutes the first time) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[recipes,dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	@$(BIN)/accelerate launch recipes/glue_fsam.py $(ARGS)
+
+test: export HF_HUB_OFFLINE = 1
+test: export HF_DATASETS_OFFLINE = 1
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/step.py $(ARGS)
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,72 @@
+"""The doors as the tests use them: one call that trains a tiny model on rows in their order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from models import Rows
+
+
+def arguments(folder: Any, **settings: Any) -> TrainingArguments:
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 5,
+        "learning_rate": 0.05,
+        "use_cpu": True,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    }
+    return TrainingArguments(str(folder), **(defaults | settings))
+
+
+def build(cls: type[Trainer], model: Any, rows: Rows, folder: Any, **settings: Any) -> Trainer:
+    """A Trainer; settings that are the Trainer's own are `method`, `optimizers`, `callbacks` and the like."""
+    own = {"method", "optimizers", "callbacks", "compute_loss_func", "eval_dataset", "data_collator", "model_init"}
+    given = {name: settings.pop(name) for name in own & set(settings)}
+    trainer = cls(model=model, args=arguments(folder, **settings), train_dataset=rows, **given)
+    return trainer
+
+
+def train(cls: type[Trainer], model: Any, rows: Rows, folder: Any, **settings: Any) -> Trainer:
+    trainer = build(cls, model, rows, folder, **settings)
+    trainer.train()
+    return trainer
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+
+
+class Recorder(TrainerCallback):
+    """Calls a function at the end of every optimizer step, or before it."""
+
+    def __init__(self, end: Callable[..., None] | None = None, before: Callable[..., None] | None = None):
+        self.end, self.before = end, before
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.end:
+            self.end(state=state, **kwargs)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.before:
+            self.before(state=state, **kwargs)
+
+
+class Tripwire:
+    """A forward pre-hook that counts the model's forward passes and raises at a chosen one."""
+
+    def __init__(self, model: torch.nn.Module, at: int | None = None, error: BaseException | None = None):
+        self.count, self.at, self.error = 0, at, error
+        self.model = model
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        self.count += 1
+        if self.count == self.at:
+            self.shifted = torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
+            raise self.error

@@ -1,0 +1,334 @@
+"""Every method, every promise of the contract, through the Trainer door. There is no exception list."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import Trainer
+
+import hf_sharp
+from cases import METHODS, PERTURBING
+from doors import Recorder, Tripwire, build, train, weights
+from hf_sharp import SharpTrainer
+from models import mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
+from references import adamw, entrywise, functional, linear_decay, sgd, trajectory
+
+every_method = pytest.mark.parametrize("name", METHODS)
+every_perturbing = pytest.mark.parametrize("name", PERTURBING)
+
+
+def bert():
+    model = tiny_bert(dropout=0.1)
+    model.accepts_loss_kwargs = False
+    return model
+
+
+def exact_logs(trainer):
+    skip = ("runtime", "per_second", "flos", "sharp_")
+    return [{k: v for k, v in line.items() if not any(s in k for s in skip)} for line in trainer.state.log_history]
+
+
+# 1 ---- weights are restored bitwise, also when a pass raises
+
+
+@every_perturbing
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), ValueError("broken"), RuntimeError("CUDA out of memory.")], ids=["ctrl-c", "error", "oom"]
+)
+def test_an_exception_in_the_second_pass_leaves_nothing_behind(name, error, tmp_path):
+    model = tiny_mlp(dropout=0.3)
+    method = METHODS[name].method()
+    before = torch.cat([p.detach().clone().reshape(-1) for p in model.parameters()])
+    pointers = [p.data_ptr() for p in model.parameters()]
+    wire = Tripwire(model, at=4, error=error)  # two first passes, then the second micro-batch of the second pass
+    trainer = build(SharpTrainer, model, mlp_rows(8), tmp_path, method=method, gradient_accumulation_steps=2)
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert not torch.equal(wire.shifted, before)  # the weights were shifted when it happened
+    assert torch.equal(weights(trainer), before)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert all(p.grad is None for p in model.parameters())
+    assert method.state_dict() == {}
+
+
+# 2 ---- a radius of zero is plain training, and plain training is the host's
+
+
+@every_method
+@pytest.mark.parametrize("accumulate, logging_steps", list(itertools.product((1, 4), (1, 5))))
+def test_radius_zero_is_the_trainer_bitwise(name, accumulate, logging_steps, tmp_path):
+    results = []
+    for cls, options in ((Trainer, {}), (SharpTrainer, {"method": METHODS[name].method(0.0)})):
+        steps = {"gradient_accumulation_steps": accumulate, "logging_steps": logging_steps, "max_steps": 6}
+        trainer = train(cls, bert(), text_rows(64), tmp_path, per_device_train_batch_size=2, **steps, **options)
+        results.append((weights(trainer), torch.get_rng_state(), exact_logs(trainer)))
+    (w, stream, logs), (our_w, our_stream, our_logs) = results
+    assert torch.equal(our_w, w) and torch.equal(our_stream, stream) and our_logs == logs
+
+
+@pytest.mark.parametrize("settings", [{"optim": "sgd"}, {"bf16": True}, {"max_grad_norm": 0.0}], ids=["sgd", "bf16", "no clip"])
+@pytest.mark.parametrize("method", [None, METHODS["sam"].method(0.0)], ids=["none", "sam"])
+def test_the_host_keeps_its_optimizer_precision_and_clipping(settings, method, tmp_path):
+    results = []
+    for cls, options in ((Trainer, {}), (SharpTrainer, {"method": method})):
+        trainer = train(cls, bert(), text_rows(32), tmp_path, gradient_accumulation_steps=2, **settings, **options)
+        results.append((weights(trainer), torch.get_rng_state(), exact_logs(trainer)))
+    (w, stream, logs), (our_w, our_stream, our_logs) = results
+    assert torch.equal(our_w, w) and torch.equal(our_stream, stream) and our_logs == logs
+
+
+# 3 ---- the reference's trajectory
+
+
+def optimizer_and_reference(kind, groups, model, layout):
+    decayed = [p for n, p in model.named_parameters() if "bias" not in n]
+    others = [p for n, p in model.named_parameters() if "bias" in n]
+    lists = [{"params": [*decayed, *others], "weight_decay": 0.1, "lr": 0.05}]
+    lr, decay = 0.05, 0.1
+    if groups == 2:
+        lists = [{"params": decayed, "weight_decay": 0.1, "lr": 0.05}, {"params": others, "weight_decay": 0.0, "lr": 0.02}]
+        lr = entrywise(layout, lambda name: 0.02 if "bias" in name else 0.05)
+        decay = entrywise(layout, lambda name: 0.0 if "bias" in name else 0.1)
+    if kind == "sgd":
+        return torch.optim.SGD(lists, momentum=0.9), sgd(lr, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(lists), adamw(lr, weight_decay=decay)
+
+
+@every_method
+@pytest.mark.parametrize("kind, groups", list(itertools.product(("sgd", "adamw"), (1, 2))))
+def test_five_steps_are_the_references(name, kind, groups, tmp_path):
+    case, model, rows = METHODS[name], tiny_mlp(seed=1), mlp_rows(40)
+    w0, layout, loss_fn = functional(model)
+    optimizer, reference = optimizer_and_reference(kind, groups, model, layout)
+    path = []
+    train(
+        SharpTrainer,
+        model,
+        rows,
+        tmp_path,
+        method=case.method(),
+        optimizers=(optimizer, None),
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        callbacks=[Recorder(lambda state, model, **_: path.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()])))],
+    )
+    expected = trajectory(
+        case.rule,
+        loss_fn,
+        w0,
+        windows_of(rows, micro=4, accumulate=2),
+        reference,
+        5,
+        layout=layout,
+        max_norm=0.5,
+        lr_factor=linear_decay(5),
+        **case.settings,
+    )
+    assert len(path) == 5
+    for ours, theirs in zip(path, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    assert case.radius == 0 or (expected[-1] - trajectory_of_plain(loss_fn, w0, rows, reference, layout)).abs().max() > 1e-4
+
+
+def trajectory_of_plain(loss_fn, w0, rows, optimizer, layout):
+    settings = {"layout": layout, "max_norm": 0.5, "lr_factor": linear_decay(5)}
+    return trajectory(METHODS["plain"].rule, loss_fn, w0, windows_of(rows, 4, 2), optimizer, 5, **settings)[-1]
+
+
+# 4 ---- the loss scale does not matter
+
+
+class Scaled:
+    """Puts a CPU GradScaler where the Trainer would have a CUDA one (with use_cpu, fp16 gives none, silently)."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, trainer):
+        prepare = trainer.accelerator.prepare
+        trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=self.scale, growth_interval=1000)
+
+        def prepared(*objects, **kwargs):
+            out = prepare(*objects, **kwargs)
+            for thing in out if isinstance(out, tuple) else (out,):
+                if hasattr(thing, "step_was_skipped"):
+                    thing.scaler = scaler
+                    thing._accelerate_step_called = False
+                    thing._optimizer_original_step_method = thing.optimizer.step
+                    thing._optimizer_patched_step_method = patched(thing, thing.optimizer.step)
+            return out
+
+        trainer.accelerator.prepare = prepared
+        trainer.accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.optimizer.optimizer)
+        return scaler
+
+
+def patched(optimizer, method):
+    def step(*args, **kwargs):
+        optimizer._accelerate_step_called = True
+        return method(*args, **kwargs)
+
+    return step
+
+
+def scaled_run(name, scale, tmp_path, **hooks):
+    model = tiny_mlp(seed=1)
+    trainer = build(SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), optim="sgd", **hooks)
+    scaler = Scaled(scale)(trainer)
+    trainer.train()
+    return trainer, scaler
+
+
+@every_method
+def test_the_loss_scale_does_not_change_the_trajectory(name, tmp_path):
+    one, _ = scaled_run(name, 1.0, tmp_path)
+    many, scaler = scaled_run(name, 2.0**16, tmp_path)
+    unscaled = train(SharpTrainer, tiny_mlp(seed=1), mlp_rows(40), tmp_path, method=METHODS[name].method(), optim="sgd")
+    assert scaler.get_scale() == 2.0**16
+    torch.testing.assert_close(weights(many), weights(one), rtol=0, atol=1e-12)
+    torch.testing.assert_close(weights(many), weights(unscaled), rtol=0, atol=1e-12)
+    start = torch.cat([p.detach().reshape(-1) for p in tiny_mlp(seed=1).parameters()])
+    assert (weights(many) - start).abs().max() > 1e-3
+
+
+# 5 ---- how a window is cut into micro-batches does not matter
+
+
+@every_method
+def test_windows_of_8x1_4x2_and_2x4_agree(name, tmp_path):
+    runs = []
+    for micro, accumulate in ((8, 1), (4, 2), (2, 4)):
+        sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulate}
+        runs.append(weights(train(SharpTrainer, tiny_mlp(), mlp_rows(40), tmp_path, method=METHODS[name].method(), **sizes)))
+    for other in runs[1:]:
+        torch.testing.assert_close(other, runs[0], rtol=0, atol=1e-12)
+
+
+# 6 ---- kill and resume in the middle of an epoch
+
+
+@every_method
+def test_a_resumed_run_is_the_uninterrupted_one_bitwise(name, tmp_path):
+    settings = {"max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 3, "save_strategy": "steps"}
+    settings |= {"train_sampling_strategy": "random", "per_device_train_batch_size": 2}
+    whole = train(SharpTrainer, bert(), text_rows(24), tmp_path / "a", method=METHODS[name].method(), **settings)
+    torch.manual_seed(99)
+    again = build(SharpTrainer, bert(), text_rows(24), tmp_path / "a", method=METHODS[name].method(), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert torch.equal(weights(again), weights(whole))
+    mine, other = again.method.state_dict(), whole.method.state_dict()
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(torch.as_tensor(mine[k]), torch.as_tensor(other[k])) for k in mine)
+    assert exact_logs(again)[-2] == exact_logs(whole)[-2]
+
+
+# 7 ---- the declared cost is the real one
+
+
+@every_method
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_passes_are_what_the_cost_declares(name, accumulate, tmp_path):
+    model, case = tiny_mlp(), METHODS[name]
+    wire = Tripwire(model)
+    settings = {"max_steps": 6, "gradient_accumulation_steps": accumulate}
+    trainer = train(SharpTrainer, model, mlp_rows(80), tmp_path, method=case.method(), **settings)
+    assert wire.count == trainer.method.cost * 6 * accumulate
+    logged = [line["sharp_evaluations"] for line in trainer.state.log_history if "sharp_evaluations" in line]
+    assert logged == [trainer.method.cost] * 6
+
+
+# 8 ---- what the loss does not use stays untouched, buffers move once
+
+
+@every_method
+def test_frozen_and_unused_parameters_keep_no_gradient(name, tmp_path):
+    model = tiny_mlp(unused=True)
+    model.embed.weight.requires_grad_(False)
+    frozen, seen = model.embed.weight.clone(), []
+
+    def look(state, model, **_):
+        seen.append({n for n, p in model.named_parameters() if p.grad is None})
+
+    train(SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), callbacks=[Recorder(before=look)])
+    assert seen == [{"embed.weight", "spare.weight"}] * 5
+    assert torch.equal(model.embed.weight, frozen)
+
+
+@every_method
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_moves_once_and_as_in_plain_training(name, momentum, tmp_path):
+    buffers = []
+    for method in (None, METHODS[name].method()):
+        model = tiny_mlp(norm="batch", dropout=0.2)
+        model.norm.momentum = momentum
+        settings = {"max_steps": 1, "gradient_accumulation_steps": 3, "learning_rate": 0.0}
+        if name.startswith("sam_on") and method is not None:
+            assert "norm.weight" in METHODS[name].settings["subset"]
+        train(SharpTrainer, model, mlp_rows(12), tmp_path, method=method, **settings)
+        buffers.append({k: v.clone() for k, v in model.named_buffers()})
+    assert buffers[0]["norm.num_batches_tracked"] == 3
+    assert all(torch.equal(buffers[0][key], buffers[1][key]) for key in buffers[0])
+
+
+# 9 ---- zero and infinite gradients
+
+
+@every_method
+def test_a_zero_gradient_gives_no_nan(name, tmp_path):
+    model = tiny_mlp()
+
+    def nothing(outputs, labels, num_items_in_batch=None):
+        return 0.0 * outputs["logits"].sum()
+
+    trainer = train(SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), compute_loss_func=nothing)
+    assert torch.isfinite(weights(trainer)).all()
+    values = [v for line in trainer.state.log_history for k, v in line.items() if k.startswith("sharp_")]
+    assert all(value == value for value in values)
+
+
+@every_method
+@pytest.mark.parametrize("which", [1, 2, 3, 4])
+def test_an_infinite_gradient_in_any_pass_skips_the_step_and_loses_nothing(name, which, tmp_path):
+    model, calls = tiny_mlp(seed=1), []
+    trainer = build(
+        SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), optim="sgd", max_steps=2
+    )
+    scaler = Scaled(2.0**10)(trainer)
+    passes = int(trainer.method.cost)
+    if which > 2 * passes:
+        which = passes  # plain training has two passes in these two steps
+
+    def explode(outputs, labels, num_items_in_batch=None):
+        calls.append(1)
+        loss = torch.nn.functional.cross_entropy(outputs["logits"], labels)
+        if len(calls) == which:
+            handle = model.norm.weight.register_hook(lambda grad: (handle.remove(), grad * torch.inf)[1])
+        return loss
+
+    trainer.compute_loss_func = explode
+    states, path = [], []
+
+    def look(state, model, **_):
+        states.append(trainer.method.state_dict())
+        path.append(weights(trainer))
+
+    trainer.add_callback(Recorder(look))
+    start = weights(trainer)
+    trainer.train()
+    step = (which - 1) // passes
+    before = [start, path[0]][step]
+    assert torch.equal(path[step], before)  # the step was skipped
+    assert torch.isfinite(weights(trainer)).all() and not torch.equal(path[1 - step], [start, path[0]][1 - step])
+    assert scaler.get_scale() == 2.0**9  # the scaler saw it, once
+    previous = {} if step == 0 else states[0]
+    assert states[step].keys() == previous.keys()
+    assert all(torch.equal(torch.as_tensor(states[step][k]), torch.as_tensor(previous[k])) for k in previous)
+
+
+# 10 ---- a method is what its repr says
+
+
+@every_method
+def test_the_repr_round_trips(name):
+    method = METHODS[name].method()
+    assert eval(repr(method), vars(hf_sharp)) == method
