@@ -49,7 +49,12 @@ METHODS = {
     ),
     "sam_on": row(sam_on, references.sam_on, 0.1, subset=NORMS),
     "sam_on_adaptive": row(
-        lambda rho: sam_on(rho, ball="adaptive", eta=0.05), references.sam_on, 0.3, subset=NORMS, ball="adaptive", eta=0.05
+        lambda rho: sam_on(rho, ball="adaptive", eta=0.05),
+        references.sam_on,
+        0.3,
+        subset=NORMS,
+        ball="adaptive",
+        eta=0.05,
     ),
     "fisher_sam": row(lambda rho: fisher_sam(rho, eta=5.0), references.fisher_sam, 0.1, eta=5.0),
 }

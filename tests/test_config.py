@@ -8,7 +8,18 @@ import pytest
 import yaml
 from transformers import HfArgumentParser
 
-from hf_sharp import SAM, Cosine, FollowsLearningRate, Linear, Perturbation, SharpConfig, ZeroDuringWarmup, fsam, sam, sam_on
+from hf_sharp import (
+    SAM,
+    Cosine,
+    FollowsLearningRate,
+    Linear,
+    Perturbation,
+    SharpConfig,
+    ZeroDuringWarmup,
+    fsam,
+    sam,
+    sam_on,
+)
 from hf_sharp.config import METHODS, SCHEDULE_OPTIONS, options_of, read_method
 
 

@@ -33,7 +33,9 @@ def exact_logs(trainer):
 
 @every_perturbing
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), ValueError("broken"), RuntimeError("CUDA out of memory.")], ids=["ctrl-c", "error", "oom"]
+    "error",
+    [KeyboardInterrupt(), ValueError("broken"), RuntimeError("CUDA out of memory.")],
+    ids=["ctrl-c", "error", "oom"],
 )
 def test_an_exception_in_the_second_pass_leaves_nothing_behind(name, error, tmp_path):
     model = tiny_mlp(dropout=0.3)
@@ -66,7 +68,9 @@ def test_radius_zero_is_the_trainer_bitwise(name, accumulate, logging_steps, tmp
     assert torch.equal(our_w, w) and torch.equal(our_stream, stream) and our_logs == logs
 
 
-@pytest.mark.parametrize("settings", [{"optim": "sgd"}, {"bf16": True}, {"max_grad_norm": 0.0}], ids=["sgd", "bf16", "no clip"])
+@pytest.mark.parametrize(
+    "settings", [{"optim": "sgd"}, {"bf16": True}, {"max_grad_norm": 0.0}], ids=["sgd", "bf16", "no clip"]
+)
 @pytest.mark.parametrize("method", [None, METHODS["sam"].method(0.0)], ids=["none", "sam"])
 def test_the_host_keeps_its_optimizer_precision_and_clipping(settings, method, tmp_path):
     results = []
@@ -86,7 +90,10 @@ def optimizer_and_reference(kind, groups, model, layout):
     lists = [{"params": [*decayed, *others], "weight_decay": 0.1, "lr": 0.05}]
     lr, decay = 0.05, 0.1
     if groups == 2:
-        lists = [{"params": decayed, "weight_decay": 0.1, "lr": 0.05}, {"params": others, "weight_decay": 0.0, "lr": 0.02}]
+        lists = [
+            {"params": decayed, "weight_decay": 0.1, "lr": 0.05},
+            {"params": others, "weight_decay": 0.0, "lr": 0.02},
+        ]
         lr = entrywise(layout, lambda name: 0.02 if "bias" in name else 0.05)
         decay = entrywise(layout, lambda name: 0.0 if "bias" in name else 0.1)
     if kind == "sgd":
@@ -110,7 +117,11 @@ def test_five_steps_are_the_references(name, kind, groups, tmp_path):
         optimizers=(optimizer, None),
         gradient_accumulation_steps=2,
         max_grad_norm=0.5,
-        callbacks=[Recorder(lambda state, model, **_: path.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()])))],
+        callbacks=[
+            Recorder(
+                lambda state, model, **_: path.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+            )
+        ],
     )
     expected = trajectory(
         case.rule,
@@ -127,7 +138,10 @@ def test_five_steps_are_the_references(name, kind, groups, tmp_path):
     assert len(path) == 5
     for ours, theirs in zip(path, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
-    assert case.radius == 0 or (expected[-1] - trajectory_of_plain(loss_fn, w0, rows, reference, layout)).abs().max() > 1e-4
+    assert (
+        case.radius == 0
+        or (expected[-1] - trajectory_of_plain(loss_fn, w0, rows, reference, layout)).abs().max() > 1e-4
+    )
 
 
 def trajectory_of_plain(loss_fn, w0, rows, optimizer, layout):
@@ -183,7 +197,9 @@ def scaled_run(name, scale, tmp_path, **hooks):
 def test_the_loss_scale_does_not_change_the_trajectory(name, tmp_path):
     one, _ = scaled_run(name, 1.0, tmp_path)
     many, scaler = scaled_run(name, 2.0**16, tmp_path)
-    unscaled = train(SharpTrainer, tiny_mlp(seed=1), mlp_rows(40), tmp_path, method=METHODS[name].method(), optim="sgd")
+    unscaled = train(
+        SharpTrainer, tiny_mlp(seed=1), mlp_rows(40), tmp_path, method=METHODS[name].method(), optim="sgd"
+    )
     assert scaler.get_scale() == 2.0**16
     torch.testing.assert_close(weights(many), weights(one), rtol=0, atol=1e-12)
     torch.testing.assert_close(weights(many), weights(unscaled), rtol=0, atol=1e-12)
@@ -199,7 +215,9 @@ def test_windows_of_8x1_4x2_and_2x4_agree(name, tmp_path):
     runs = []
     for micro, accumulate in ((8, 1), (4, 2), (2, 4)):
         sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulate}
-        runs.append(weights(train(SharpTrainer, tiny_mlp(), mlp_rows(40), tmp_path, method=METHODS[name].method(), **sizes)))
+        runs.append(
+            weights(train(SharpTrainer, tiny_mlp(), mlp_rows(40), tmp_path, method=METHODS[name].method(), **sizes))
+        )
     for other in runs[1:]:
         torch.testing.assert_close(other, runs[0], rtol=0, atol=1e-12)
 
@@ -249,7 +267,9 @@ def test_frozen_and_unused_parameters_keep_no_gradient(name, tmp_path):
     def look(state, model, **_):
         seen.append({n for n, p in model.named_parameters() if p.grad is None})
 
-    train(SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), callbacks=[Recorder(before=look)])
+    train(
+        SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), callbacks=[Recorder(before=look)]
+    )
     assert seen == [{"embed.weight", "spare.weight"}] * 5
     assert torch.equal(model.embed.weight, frozen)
 
@@ -280,7 +300,9 @@ def test_a_zero_gradient_gives_no_nan(name, tmp_path):
     def nothing(outputs, labels, num_items_in_batch=None):
         return 0.0 * outputs["logits"].sum()
 
-    trainer = train(SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), compute_loss_func=nothing)
+    trainer = train(
+        SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), compute_loss_func=nothing
+    )
     assert torch.isfinite(weights(trainer)).all()
     values = [v for line in trainer.state.log_history for k, v in line.items() if k.startswith("sharp_")]
     assert all(value == value for value in values)

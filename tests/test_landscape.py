@@ -274,7 +274,9 @@ def test_forward_gives_outputs_without_gradients_reduced_over_the_window():
     model = tiny_mlp(dropout=0.5)
     landscape, _ = opened(model, WINDOW)
     here = landscape.evaluate()
-    losses = landscape.forward(lambda outputs, batch: torch.stack([outputs["loss"], torch.tensor(float(len(batch["labels"])))]))
+    losses = landscape.forward(
+        lambda outputs, batch: torch.stack([outputs["loss"], torch.tensor(float(len(batch["labels"])))])
+    )
     assert not losses.requires_grad and losses[1] == 12
     close(losses[0] / 3, here.loss)  # the same dropout
 
@@ -382,5 +384,7 @@ def test_the_realised_shift_of_bf16_weights_is_measured():
         real = torch.cat([(p.detach().double() - b.double()).reshape(-1) for p, b in zip(model.parameters(), before)])
     e = torch.cat([t.double().reshape(-1) for t in epsilon.tensors])
     torch.testing.assert_close(landscape.metrics["sharp_component"].double(), real @ e / (e @ e), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(landscape.metrics["sharp_noise"].double(), (real - e).norm() / e.norm(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        landscape.metrics["sharp_noise"].double(), (real - e).norm() / e.norm(), rtol=1e-3, atol=1e-3
+    )
     assert landscape.metrics["sharp_component"] < 0.5

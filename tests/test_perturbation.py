@@ -99,7 +99,13 @@ def test_asam_is_invariant_to_rescaling_and_sam_is_not():
 def test_the_asam_name_rule():
     from hf_sharp.balls import WEIGHT
 
-    adapted = ("weight", "bert.embeddings.LayerNorm.weight", "conv.weight_g", "rnn.weight_ih_l0", "lora_A.default.weight")
+    adapted = (
+        "weight",
+        "bert.embeddings.LayerNorm.weight",
+        "conv.weight_g",
+        "rnn.weight_ih_l0",
+        "lora_A.default.weight",
+    )
     others = ("head.bias", "weighted.bias", "cls_token", "position_embeddings", "gamma")
     assert all(WEIGHT.search(n) for n in adapted) and not any(WEIGHT.search(n) for n in others)
 
@@ -262,7 +268,11 @@ def test_schedules_follow_their_formulas():
 
 
 def test_a_schedule_that_needs_an_unknown_length_says_so():
-    for schedule, fact in ((Linear(1, 0), "total_steps"), (Cosine(1, 0), "total_steps"), (ZeroDuringWarmup(1), "warmup_steps")):
+    for schedule, fact in (
+        (Linear(1, 0), "total_steps"),
+        (Cosine(1, 0), "total_steps"),
+        (ZeroDuringWarmup(1), "warmup_steps"),
+    ):
         with pytest.raises(ValueError, match="steps="):
             radii(schedule, (0,), **{fact: None})
 

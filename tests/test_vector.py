@@ -6,8 +6,18 @@ import torch
 from hf_sharp import ParamVector
 
 DRAW = torch.Generator().manual_seed(0)
-A = [torch.randn(3, 2, dtype=torch.float64, generator=DRAW), None, torch.randn(4, dtype=torch.float64, generator=DRAW), None]
-B = [torch.randn(3, 2, dtype=torch.float64, generator=DRAW), torch.randn(2, dtype=torch.float64, generator=DRAW), None, None]
+A = [
+    torch.randn(3, 2, dtype=torch.float64, generator=DRAW),
+    None,
+    torch.randn(4, dtype=torch.float64, generator=DRAW),
+    None,
+]
+B = [
+    torch.randn(3, 2, dtype=torch.float64, generator=DRAW),
+    torch.randn(2, dtype=torch.float64, generator=DRAW),
+    None,
+    None,
+]
 SHAPES = [(3, 2), (2,), (4,), (1,)]
 
 

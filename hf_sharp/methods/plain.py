@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plain(Method):
-    """The gradient of the loss, as without this library: the baseline to compare with, bitwise the host's own training.
+    """The gradient of the loss, as without this library: the baseline, bitwise the host's own training.
 
     Example:
         >>> Plain().cost

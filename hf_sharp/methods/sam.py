@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation (Foret et al., 2021): descend the gradient at the worst point nearby. Cost: 2 evaluations.
+"""Sharpness-aware minimisation (Foret et al., 2021): descend the gradient at the worst point nearby. Cost: 2.
 
     e = rho g / ||g||,  g = grad L(w);  descend grad L(w + e)
 

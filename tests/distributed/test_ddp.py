@@ -1,0 +1,52 @@
+"""Two processes over gloo do what one process does on the same rows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cases import METHODS
+from doors import train, weights
+from hf_sharp import SharpTrainer
+from models import mlp_rows, tiny_mlp
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    paths = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += [
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        str(HERE / "two_ranks.py"),
+        str(folder),
+        paths,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_are_one_process(name, two_ranks, tmp_path):
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    one = train(SharpTrainer, tiny_mlp(), mlp_rows(40), tmp_path, method=METHODS[name].method(), **sizes)
+    torch.testing.assert_close(two_ranks[name]["weights"], weights(one), rtol=0, atol=1e-12)
+    assert two_ranks[name]["spread"] == 0
+    gaps = [line["sharp_gap"] for line in one.state.log_history if "sharp_gap" in line]
+    assert two_ranks[name]["gaps"] == pytest.approx(gaps, rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_the_per_sample_mask_is_the_same_on_both_ranks(two_ranks):
+    assert two_ranks["per_sample"]["spread"] == 0

@@ -1,0 +1,446 @@
+"""The Trainer door: everything a Trainer does still works, and what it writes says how the gradient was got."""
+
+import json
+import pickle
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Trainer, TrainerCallback
+
+from doors import Recorder, Tripwire, build, train, weights
+from hf_sharp import (
+    SAM,
+    ByName,
+    Method,
+    Perturbation,
+    SharpSeq2SeqTrainer,
+    SharpTrainer,
+    fsam,
+    make_sharp,
+    sam,
+    sam_on,
+)
+from models import causal_rows, image_rows, mlp_rows, text_rows, tiny_bert, tiny_llama, tiny_mlp, tiny_vit
+from test_contract import bert, exact_logs
+
+
+def hand_sam(model, batches, rho, lr, steps):
+    """Textbook SAM with SGD, one micro-batch a step, the dropout of the first pass repeated."""
+    for batch in batches[:steps]:
+        stream = torch.get_rng_state()
+        model(**batch)["loss"].backward()
+        old = [p.detach().clone() for p in model.parameters()]
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(rho * p.grad / norm)
+        model.zero_grad()
+        after = torch.get_rng_state()
+        torch.set_rng_state(stream)
+        model(**batch)["loss"].backward()
+        torch.set_rng_state(after)
+        with torch.no_grad():
+            for p, o in zip(model.parameters(), old, strict=True):
+                p.copy_(o - lr * p.grad)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_real_models_agree_with_a_textbook_loop_with_dropout(kind, tmp_path):
+    from models import windows_of
+
+    make, rows = {
+        "bert": (lambda: tiny_bert(dropout=0.1, float64=True), text_rows(20)),
+        "vit": (lambda: tiny_vit(dropout=0.1, float64=True), image_rows(20, float64=True)),
+    }[kind]
+    ours, theirs = make(), make().train()
+    settings = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3, "seed": 11}
+    trainer = build(SharpTrainer, ours, rows, tmp_path, method=sam(0.1), **settings)
+    ours.accepts_loss_kwargs = False
+    start = []
+    trainer.add_callback(StreamAtFirstStep(start))
+    trainer.train()
+    torch.set_rng_state(start[0])
+    hand_sam(theirs, [window[0] for window in windows_of(rows, 4, 1)], rho=0.1, lr=0.05, steps=3)
+    expected = torch.cat([p.detach().reshape(-1) for p in theirs.parameters()])
+    torch.testing.assert_close(weights(trainer), expected, rtol=0, atol=1e-11)
+
+
+class StreamAtFirstStep(TrainerCallback):
+    def __init__(self, kept):
+        self.kept = kept
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self.kept:
+            self.kept.append(torch.get_rng_state())
+
+
+def test_a_causal_lm_with_token_counts_agrees_across_windows(tmp_path):
+    runs = []
+    for micro, accumulate in ((8, 1), (2, 4)):
+        model = tiny_llama(dropout=0.0, float64=True)
+        sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulate, "optim": "sgd"}
+        trainer = train(SharpTrainer, model, causal_rows(40, ragged=True), tmp_path, method=sam(0.1), **sizes)
+        runs.append((weights(trainer), [line["loss"] for line in trainer.state.log_history if "loss" in line]))
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=0, atol=1e-7)  # its loss and norms are float32
+    numpy.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"neftune_noise_alpha": 5.0},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"bf16": True},
+    ],
+    ids=["label smoothing", "NEFTune", "checkpointing", "reentrant checkpointing", "bf16"],
+)
+def test_a_trainers_options_keep_working(settings, tmp_path):
+    pair = []
+    for cls, options in ((Trainer, {}), (SharpTrainer, {"method": sam(0.0)})):
+        trainer = train(cls, bert(), text_rows(40), tmp_path, gradient_accumulation_steps=2, **settings, **options)
+        pair.append((weights(trainer), exact_logs(trainer)))
+    assert torch.equal(pair[0][0], pair[1][0]) and pair[0][1] == pair[1][1]
+    moved = train(SharpTrainer, bert(), text_rows(40), tmp_path, method=sam(0.2), **settings)
+    gaps = [line["sharp_gap"] for line in moved.state.log_history if "sharp_gap" in line]
+    assert len(gaps) == 5 and max(gaps) > 0 and not torch.equal(weights(moved), pair[0][0])
+
+
+def test_checkpointed_sam_on_asks_for_a_subset_where_it_can_and_says_where_it_cannot(tmp_path):
+    plain = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam_on(0.1))
+    settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    torch.testing.assert_close(
+        weights(train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)), weights(plain)
+    )
+    settings["activation_checkpointing_kwargs"] = {"use_reentrant": True}
+    with pytest.warns(UserWarning, match="reentrant gradient checkpointing needs the full backward"):
+        trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)
+    torch.testing.assert_close(weights(trainer), weights(plain))
+
+
+def test_a_custom_loss_function_is_used_in_every_pass(tmp_path):
+    calls = []
+
+    def focal(outputs, labels, num_items_in_batch=None):
+        calls.append(1)
+        logp = torch.log_softmax(outputs["logits"], -1).gather(1, labels[:, None])
+        return -((1 - logp.exp()) ** 2 * logp).mean()
+
+    train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method="sam", compute_loss_func=focal)
+    assert len(calls) == 10
+
+
+def test_compiled_models_give_the_same_weights_without_recompiling(tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = bert()
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
+    compiled = train(SharpTrainer, model, text_rows(20), tmp_path, method=sam(0.1), **settings)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(Trainer, bert(), text_rows(20), tmp_path, **settings)
+    assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+    eager = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), max_steps=3)
+    torch.testing.assert_close(weights(compiled), weights(eager), rtol=1e-3, atol=2e-3)
+
+
+def test_auto_find_batch_size_goes_on_after_running_out_of_memory_in_the_second_pass(tmp_path):
+    model = bert()
+    start = [p.detach().clone() for p in model.parameters()]
+    wire = Tripwire(model, at=2, error=RuntimeError("CUDA out of memory. Tried to allocate"))
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            seen.append(all(torch.equal(p, o) for p, o in zip(model.parameters(), start, strict=True)))
+            seen.append(all(p.grad is None for p in model.parameters()))
+
+    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 8, "max_steps": 2}
+    trainer = train(SharpTrainer, model, text_rows(40), tmp_path, method=fsam(0.1), callbacks=[Look()], **settings)
+    assert seen == [True] * 4 and trainer._train_batch_size < 8 and trainer.state.global_step == 2
+    assert wire.count == 2 + 4
+
+
+def test_a_second_training_starts_the_method_afresh(tmp_path):
+    method = fsam(0.1, every=100)
+    trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=method)
+    first = {k: v for k, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
+    trainer.train()
+    second = method.state_dict()
+    assert second["perturbation.mask:refreshed"] == 0 and first.keys() <= second.keys()
+    assert any(not torch.equal(first[k], second[k]) for k in first)
+
+
+def test_direct_calls_of_training_step_are_windows_of_one(tmp_path):
+    from models import batch_of
+
+    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method=sam(0.1), gradient_accumulation_steps=2)
+    model, batch = trainer.model, batch_of(mlp_rows(4))
+    wire = Tripwire(model)
+    trainer.current_gradient_accumulation_steps = 1
+    for _ in range(2):
+        model.zero_grad()
+        before = weights(trainer)
+        loss = trainer.training_step(model, dict(batch))
+        assert torch.equal(weights(trainer), before) and model.head.weight.grad is not None and loss.ndim == 0
+    assert wire.count == 4
+
+
+def test_a_window_that_the_data_cut_short_leaves_the_next_epoch_whole(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from mlp_rows(12)
+
+    trainer = train(
+        SharpTrainer, tiny_mlp(), Stream(), tmp_path, method=sam(0.1), gradient_accumulation_steps=2, max_steps=4
+    )
+    assert trainer.state.global_step == 4 and torch.isfinite(weights(trainer)).all()
+
+
+def test_early_stopping_and_the_best_model(tmp_path):
+    settings = {
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "max_steps": 20,
+        "learning_rate": 0.5,
+    }
+    trainer = train(
+        SharpTrainer,
+        bert(),
+        text_rows(40),
+        tmp_path,
+        method="fsam",
+        eval_dataset=text_rows(12, seed=5),
+        callbacks=[EarlyStoppingCallback(2)],
+        **settings,
+    )
+    losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+    assert trainer.state.global_step < 20
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{min(losses, key=losses.get)}")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), abs=1e-6)
+
+
+def test_hyperparameter_search_starts_every_trial_afresh(tmp_path):
+    made = []
+
+    def fresh(trial=None):
+        made.append(tiny_mlp(seed=2))
+        return made[-1]
+
+    method = fsam(0.1, every=100)
+    trainer = build(SharpTrainer, None, mlp_rows(20), tmp_path, method=method, model_init=fresh)
+    results = []
+    for _ in range(2):  # what a search backend does for every trial
+        trainer._hp_search_setup({"learning_rate": 0.05})
+        trainer.train(trial=None)
+        results.append((weights(trainer), method.state_dict()))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1].keys() == results[1][1].keys()
+
+
+# ---- what is written
+
+
+def test_checkpoints_hold_the_method_its_settings_and_no_pickle_of_ours(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method={"method": "fsam", "every": 3}, **settings)
+    checkpoint = tmp_path / "checkpoint-4"
+    record = json.loads((checkpoint / "sharp_config.json").read_text())
+    assert record == {"repr": repr(trainer.method), "settings": {"method": "fsam", "every": 3}}
+    masks = load_file(checkpoint / "sharp_state.safetensors")
+    assert masks and all(m.dtype == torch.bool for m in masks.values())
+    size = (checkpoint / "sharp_state.safetensors").stat().st_size
+    eligible = sum(p.numel() for n, p in trainer.model.named_parameters() if "bias" not in n and "embed" not in n)
+    assert size < eligible + 20_000  # one byte an entry
+    trainer.save_model(tmp_path / "final")
+    assert (tmp_path / "final" / "sharp_config.json").is_file()
+    assert not (tmp_path / "final" / "sharp_state.safetensors").exists()
+
+
+def test_a_method_without_state_adds_no_state_file(tmp_path):
+    train(
+        SharpTrainer, bert(), text_rows(20), tmp_path, method="sam", save_strategy="steps", save_steps=2, max_steps=2
+    )
+    assert not (tmp_path / "checkpoint-2" / "sharp_state.safetensors").exists()
+
+
+def test_resuming_with_another_method_warns_and_names_both(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
+    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.2), **settings)
+    with pytest.warns(UserWarning, match=r"rho=0.1.*rho=0.2"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_state_of_another_method_is_refused_on_resume(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    train(SharpTrainer, bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
+    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
+    with (
+        pytest.warns(UserWarning, match="goes on with"),
+        pytest.raises(ValueError, match="has no part 'perturbation.mask'"),
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_trackers_see_the_method_when_training_begins_and_the_arguments_stay_picklable(tmp_path):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(json.loads(args.to_json_string()))
+
+    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method="sam", callbacks=[Tracker()])
+    assert seen[0]["sharp_method"] == repr(trainer.method)
+    assert "to_dict" not in vars(trainer.args) and pickle.loads(pickle.dumps(trainer.args)).seed == trainer.args.seed
+
+
+def test_the_model_card_names_the_method(tmp_path):
+    trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method="sam")
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "- sharpness-aware" in text and repr(trainer.method) in text and "2 passes a step" in text
+
+
+def test_the_start_says_once_what_is_moved(tmp_path, capsys):
+    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method=sam_on(0.3))
+    trainer.train()
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hf_sharp:")]
+    assert notes == [trainer.describe_method()]
+    assert "2 of 7 trainable tensors (16 of " in notes[0] and "rho=0.3" in notes[0] and "2 passes" in notes[0]
+
+
+def test_flos_count_the_passes(tmp_path):
+    flos = {}
+    for method in (None, "plain", "sam"):
+        trainer = train(SharpTrainer, bert(), text_rows(40), tmp_path, method=method, gradient_accumulation_steps=2)
+        flos[method] = trainer.state.total_flos
+    assert flos["sam"] == 2 * flos["plain"] == 2 * flos[None] > 0
+
+
+# ---- logs
+
+
+@pytest.mark.parametrize("settings", [{"logging_steps": 2}, {"logging_steps": 3, "logging_first_step": True}])
+def test_metrics_are_in_every_line_with_a_loss(settings, tmp_path):
+    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(40), tmp_path, method=sam(0.1), max_steps=7, **settings)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    names = {"sharp_gap", "sharp_cos", "sharp_kappa", "sharp_component", "sharp_noise", "sharp_evaluations"}
+    assert len(lines) >= 3 and all(names <= line.keys() for line in lines)
+
+
+def test_metrics_are_logged_with_the_epoch_strategy(tmp_path):
+    settings = {"logging_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}
+    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method=sam(0.1), **settings)
+    assert len([line for line in trainer.state.log_history if "sharp_gap" in line]) == 2
+
+
+def test_bf16_weights_that_swallow_the_shift_are_named_once(tmp_path):
+    from hf_sharp import trainer as door
+
+    door._warn_lost_shift.cache_clear()
+    model = tiny_bert(dropout=0.0).bfloat16()
+    model.accepts_loss_kwargs = False
+    with pytest.warns(UserWarning, match="rounds away in 16-bit weights"):
+        trainer = train(SharpTrainer, model, text_rows(20), tmp_path, method=sam(0.001))
+    components = [line["sharp_component"] for line in trainer.state.log_history if "sharp_component" in line]
+    assert min(abs(c - 1) for c in components) > 0.1 or max(components) > 0
+
+
+# ---- classes and refusals
+
+
+def test_other_trainers_become_sharp():
+    assert issubclass(SharpSeq2SeqTrainer, Seq2SeqTrainer) and make_sharp(SharpTrainer) is SharpTrainer
+
+    class Own(Trainer):
+        pass
+
+    sharp = make_sharp(Own)
+    assert sharp is make_sharp(Own) and issubclass(sharp, Own) and sharp.__name__ == "SharpOwn"
+
+
+def test_a_subclass_with_its_own_training_step_is_called_in_every_pass(tmp_path):
+    calls = []
+
+    class Own(Trainer):
+        def training_step(self, *args, **kwargs):
+            calls.append(1)
+            return super().training_step(*args, **kwargs)
+
+    trainer = train(make_sharp(Own), tiny_mlp(), mlp_rows(20), tmp_path, method="sam")
+    assert len(calls) == 10 and trainer.state.global_step == 5
+
+
+def test_the_other_losses_and_forms_of_method(tmp_path):
+    for form in (SAM(Perturbation(0.1, mask=ByName("head"))), {"method": "asam", "rho": 0.2}, "fisher_sam", None):
+        trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method=form)
+        assert (trainer.method is None) == (form is None) and (form is None or isinstance(trainer.method, Method))
+
+
+def test_a_mask_that_is_empty_for_the_model_is_refused_at_construction(tmp_path):
+    with pytest.raises(ValueError, match="selects none of the 7 trainable parameters"):
+        build(SharpTrainer, tiny_mlp(), mlp_rows(4), tmp_path, method=SAM(Perturbation(0.1, mask=ByName("nobody"))))
+
+
+def test_a_model_without_trainable_parameters_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        build(SharpTrainer, tiny_mlp().requires_grad_(False), mlp_rows(4), tmp_path, method="sam")
+
+
+@pytest.mark.parametrize(
+    "what, value, words",
+    [
+        ("is_deepspeed_enabled", True, "DeepSpeed makes its optimizer step inside"),
+        ("is_fsdp_enabled", True, "FSDP"),
+    ],
+)
+def test_hosts_that_cannot_repeat_a_pass_are_refused_by_name(what, value, words, tmp_path):
+    from hf_sharp.trainer import refuse
+
+    trainer = build(Trainer, tiny_mlp(), mlp_rows(4), tmp_path)
+    setattr(trainer, what, value)
+    with pytest.raises(ValueError, match=words):
+        refuse(trainer, sam())
+
+
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_inside_the_backward_are_refused(optim, tmp_path):
+    with pytest.raises(ValueError, match=f"'{optim}' steps inside the backward"):
+        build(SharpTrainer, tiny_mlp(), mlp_rows(4), tmp_path, method="sam", optim=optim)
+    assert build(SharpTrainer, tiny_mlp(), mlp_rows(4), tmp_path, method=None, optim=optim).method is None
+
+
+def test_trainers_that_generate_their_data_are_refused(tmp_path):
+    class GRPOTrainer(Trainer):
+        pass
+
+    with pytest.raises(ValueError, match="GRPOTrainer generates its data"):
+        build(make_sharp(GRPOTrainer), tiny_mlp(), mlp_rows(4), tmp_path, method="sam")
+
+
+def test_the_gradient_is_the_trainers_to_clip(tmp_path):
+    norms = []
+
+    def look(state, model, **_):
+        norms.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]).norm().item())
+
+    trainer = train(
+        SharpTrainer,
+        tiny_mlp(),
+        mlp_rows(40),
+        tmp_path,
+        method=sam(0.1),
+        max_grad_norm=0.01,
+        callbacks=[Recorder(before=look)],
+    )
+    logged = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert norms == pytest.approx([0.01] * 5, rel=1e-3) and min(logged) > 0.01
