@@ -1,14 +1,14 @@
-"""Results of recipes: rows in ``results.json``, a text table over seeds, a plot, and how long a step took.
+"""What recipes report: rows in ``results.json``, a table and a sentence over seeds, a plot, and the time of a step.
 
-A row is one finished run, a dict with at least the keys of ``REQUIRED``. Rows are only ever added: what a file holds is
-kept, and a run that is there already under the same ``KEY`` is not written over.
+A row is one finished run, a dict with at least the keys of ``REQUIRED``. Rows are only ever added: what a file holds
+is kept, and a run that is there already under the same ``KEY`` is not written over. ``settings.json`` beside it holds
+the settings that all its runs share, so that results of different settings are never mixed.
 """
 
 import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,6 +22,13 @@ Row = dict[str, Any]
 REQUIRED = ("method", "seed", "metric", "value", "majority", "seconds_per_step", "passes")
 KEY = ("recipe", "task", "model", "method", "label_noise", "epochs", "seed")
 BASELINE = "plain"
+# Settings that change no result or stand in its row, by how they begin, and exceptions.
+FREE = (
+    *("output_dir", "overwrite_", "log", "save_", "eval_", "per_device_eval", "hub_", "push_to_hub", "resume", "do_"),
+    *("report_to", "run_name", "project", "trackio", "disable_tqdm", "dataloader_", "local_rank", "ddp_", "debug"),
+    *("seed", "skip_memory", "enable_jit", "config", "compare", "label_noise", "cache_dir", "token"),
+)
+NOT_FREE = ("dataloader_drop_last", "config_name", "tokenizer_name")
 
 
 def clean(row: Row) -> Row:
@@ -39,7 +46,7 @@ def clean(row: Row) -> Row:
     missing = [key for key in REQUIRED if key not in row]
     if missing:
         raise ValueError(f"A row of results needs {', '.join(REQUIRED)}; this one lacks {', '.join(missing)}: {row}")
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return _finite(row)
 
 
 def identity(row: Row) -> tuple[Any, ...]:
@@ -74,8 +81,8 @@ def merge(old: Sequence[Row], new: Iterable[Row]) -> list[Row]:
         if there is row:
             merged.append(row)
         elif there != row:
-            run = ", ".join(f"{key}={value}" for key, value in zip(KEY, identity(row), strict=True) if value is not None)
-            raise ValueError(f"There is another result of the same run ({run}); it is not written over.")
+            run = {key: row[key] for key in KEY if key in row}
+            raise ValueError(f"There is another result of the same run {run}; it is not written over.")
     return merged
 
 
@@ -129,6 +136,34 @@ def add_row(path: str | Path, row: Row) -> list[Row]:
     return rows
 
 
+def keep_settings(folder: str | Path, settings: Row) -> Row:
+    """Compare the settings of a run with those of the results that a folder holds.
+
+    Args:
+        folder: where results are written.
+        settings: all settings; those under ``FREE`` may differ, and one that the folder's runs have not got, such as a
+            further method's, is no difference.
+
+    Returns:
+        The settings to write to ``settings.json``: those of the folder and ours.
+
+    Raises:
+        ValueError: if the folder holds results of other settings, or of settings that nobody knows.
+    """
+    ours = {key: value for key, value in settings.items() if key in NOT_FREE or not key.startswith(FREE)}
+    ours = json.loads(json.dumps(ours, default=str))
+    path = Path(folder, "settings.json")
+    if not path.exists():
+        if read_rows(path.with_name("results.json")):
+            raise ValueError(f"{folder} holds results of unknown settings. Use another --output_dir.")
+        return ours
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    other = [f"{key}: {theirs[key]} there, {ours[key]} now" for key in ours if theirs.get(key, ours[key]) != ours[key]]
+    if other:
+        raise ValueError(f"{folder} holds results of other settings ({'; '.join(other)}). Use another --output_dir.")
+    return theirs | ours
+
+
 def interval(differences: Sequence[float]) -> float | None:
     """Half the width of the 95 % t-interval of a mean.
 
@@ -161,29 +196,24 @@ def summarise(rows: Iterable[Row], baseline: str = BASELINE) -> list[Row]:
     for row in rows:
         groups.setdefault(row["method"], {})[row["seed"]] = row
     base = groups.get(baseline, {})
+    plain_seconds = _mean(base.values(), "seconds_per_step")
     summaries = []
     for method, runs in groups.items():
-        paired = [] if method == baseline else [seed for seed in runs if seed in base]
-        differences = [_minus(runs[seed]["value"], base[seed]["value"]) for seed in paired]
-        differences = [difference for difference in differences if difference is not None]
-        values = _column(runs.values(), "value")
-        first, seconds = next(iter(runs.values())), _mean(_column(runs.values(), "seconds_per_step"))
-        plain_seconds = _mean(_column(base.values(), "seconds_per_step"))
-        summaries.append({
-            "method": method,
-            "metric": first["metric"],
-            "majority": first["majority"],
-            "seeds": len(runs),
-            "mean": _mean(values),
-            "sd": statistics.stdev(values) if len(values) > 1 else None,
-            "difference": _mean(differences),
-            "interval": interval(differences),
-            "loss": _mean(_column(runs.values(), "loss")),
-            "gap": _mean(_column(runs.values(), "gap")),
-            "seconds_per_step": seconds,
-            "ratio": seconds / plain_seconds if seconds and plain_seconds else None,
-            "passes": first["passes"],
-        })  # fmt: skip
+        paired = (
+            []
+            if method == baseline
+            else [(row["value"], base[seed]["value"]) for seed, row in runs.items() if seed in base]
+        )
+        differences = [ours - theirs for ours, theirs in paired if None not in (ours, theirs)]
+        values, seconds = _column(runs.values(), "value"), _mean(runs.values(), "seconds_per_step")
+        summary = {key: next(iter(runs.values()))[key] for key in ("method", "metric", "majority", "passes")}
+        summary |= {key: _mean(runs.values(), key) for key in ("loss", "gap")}
+        summary |= {"seeds": len(runs), "mean": _mean(runs.values(), "value"), "seconds_per_step": seconds}
+        summary["sd"] = statistics.stdev(values) if len(values) > 1 else None
+        summary["difference"] = statistics.fmean(differences) if differences else None
+        summary["interval"] = interval(differences)
+        summary["ratio"] = seconds / plain_seconds if seconds and plain_seconds else None
+        summaries.append(summary)
     return summaries
 
 
@@ -199,9 +229,8 @@ def table(rows: Iterable[Row], baseline: str = BASELINE) -> str:
     """
     summaries = summarise(rows, baseline)
     metric = summaries[0]["metric"] if summaries else "value"
-    heading = ("method", "seeds", metric, "sd", f"minus {baseline}", "95 % interval", "loss", "gap", "ms/step", "ratio",
-               "passes")  # fmt: skip
-    lines = [heading]
+    compared = (f"minus {baseline}", "95 % interval")
+    lines = [("method", "seeds", metric, "sd", *compared, "loss", "gap", "ms/step", "ratio", "passes")]
     for s in summaries:
         milliseconds = None if s["seconds_per_step"] is None else 1000 * s["seconds_per_step"]
         span = None if s["interval"] is None else (s["difference"] - s["interval"], s["difference"] + s["interval"])
@@ -211,7 +240,7 @@ def table(rows: Iterable[Row], baseline: str = BASELINE) -> str:
             _show(s["loss"], ".4f"), _show(s["gap"], ".4f"), _show(milliseconds, ".1f"), _show(s["ratio"], ".2f"),
             _show(s["passes"], "g"),
         ))  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     shown = ["  ".join((c.ljust if i == 0 else c.rjust)(widths[i]) for i, c in enumerate(line)) for line in lines]
     return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
 
@@ -339,25 +368,22 @@ def _draw(axis: Any, title: str, group: Sequence[Row], baseline: str) -> None:
     axis.grid(axis="y", alpha=0.3)
 
 
+def _finite(value: Any) -> Any:
+    """Return the value with None in place of every number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """Return the process's mask for new files: a temporary file is private, a result is not."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _column(rows: Iterable[Row], key: str) -> list[float]:
@@ -365,14 +391,10 @@ def _column(rows: Iterable[Row], key: str) -> list[float]:
     return [row[key] for row in rows if row.get(key) is not None]
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    """Return the mean, or None of nothing."""
+def _mean(rows: Iterable[Row], key: str) -> float | None:
+    """Return the mean of a column, or None of nothing."""
+    values = _column(rows, key)
     return statistics.fmean(values) if values else None
-
-
-def _minus(left: float | None, right: float | None) -> float | None:
-    """Return the difference, or None if a side is missing."""
-    return None if left is None or right is None else left - right
 
 
 def _show(value: float | None, form: str) -> str:

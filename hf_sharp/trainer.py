@@ -151,7 +151,8 @@ class SharpMixin:
         entries, everything = sum(sizes[name] for name in moved), sum(sizes.values())
         return (
             f"hf_sharp: {self.method!r} looks around in {len(moved)} of {len(sizes)} trainable tensors "
-            f"({entries:,} of {everything:,} entries, {100 * entries / everything:.1f} %) at {self.method.cost:g} passes a step."
+            f"({entries:,} of {everything:,} entries, {100 * entries / everything:.1f} %) "
+            f"at {self.method.cost:g} passes a step."
         )
 
     def _describe_arguments(self) -> None:

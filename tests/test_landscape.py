@@ -325,7 +325,7 @@ def test_facts_are_the_hosts_and_private_generators_repeat():
 
 def test_row_gradients_are_single_rows_in_evaluation_mode():
     model = tiny_mlp(dropout=0.5, norm="batch")
-    landscape, host = opened(model, WINDOW)
+    landscape, _ = opened(model, WINDOW)
     landscape.evaluate()
     model.norm.eval()  # a mode that must survive
     grads = list(landscape.row_gradients(6))
@@ -381,7 +381,9 @@ def test_the_realised_shift_of_bf16_weights_is_measured():
     epsilon = ParamVector(1e-5 * torch.ones_like(p) for p in model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     with landscape.shifted(epsilon):
-        real = torch.cat([(p.detach().double() - b.double()).reshape(-1) for p, b in zip(model.parameters(), before)])
+        real = torch.cat(
+            [(p.detach().double() - b.double()).reshape(-1) for p, b in zip(model.parameters(), before, strict=True)]
+        )
     e = torch.cat([t.double().reshape(-1) for t in epsilon.tensors])
     torch.testing.assert_close(landscape.metrics["sharp_component"].double(), real @ e / (e @ e), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(

@@ -286,7 +286,7 @@ def test_state_of_another_method_is_refused_on_resume(tmp_path):
     trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
     with (
         pytest.warns(UserWarning, match="goes on with"),
-        pytest.raises(ValueError, match="has no part 'perturbation.mask'"),
+        pytest.raises(ValueError, match=r"has no part 'perturbation\.mask'"),
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 

@@ -67,5 +67,8 @@ def opened(model, window, measuring=False, **settings):
 def flat(vector, like):
     """A ParamVector as one tensor, None as zeros."""
     return torch.cat(
-        [(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(vector.tensors, like.parameters())]
+        [
+            (torch.zeros_like(p) if t is None else t).reshape(-1)
+            for t, p in zip(vector.tensors, like.parameters(), strict=True)
+        ]
     )

@@ -1,4 +1,4 @@
-"""What two ranks run: every method on TinyMLP in float64, half of each window on each rank. Launched by test_ddp.py."""
+"""What two ranks run for test_ddp.py: every method on TinyMLP in float64, half of each window on each rank."""
 
 import os
 import sys
