@@ -12,9 +12,10 @@ from typing import Any
 from hf_sharp import presets, schedules
 from hf_sharp.methods.base import Method
 
-METHODS: dict[str, Callable[..., Method]] = {
-    preset.__name__: preset
-    for preset in (presets.plain, presets.sam, presets.asam, presets.fsam, presets.sam_on, presets.fisher_sam)
+METHODS: dict[str, Callable[..., Method]] = {  # every function of presets.py
+    name: preset
+    for name, preset in vars(presets).items()
+    if inspect.isfunction(preset) and preset.__module__ == presets.__name__
 }
 SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule | float]] = {
     "constant": lambda rho, end: rho,

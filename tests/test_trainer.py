@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import dataclass
 
 import numpy
 import pytest
@@ -14,6 +15,7 @@ from hf_sharp import (
     SAM,
     ByName,
     Method,
+    Opening,
     Perturbation,
     SharpSeq2SeqTrainer,
     SharpTrainer,
@@ -22,7 +24,8 @@ from hf_sharp import (
     sam,
     sam_on,
 )
-from models import causal_rows, image_rows, mlp_rows, text_rows, tiny_bert, tiny_llama, tiny_mlp, tiny_vit
+from models import causal_rows, image_rows, mlp_rows, text_rows, tiny_bert, tiny_llama, tiny_mlp, tiny_vit, windows_of
+from references import functional, window_gradient
 from test_contract import bert, exact_logs
 
 
@@ -49,8 +52,6 @@ def hand_sam(model, batches, rho, lr, steps):
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_real_models_agree_with_a_textbook_loop_with_dropout(kind, tmp_path):
-    from models import windows_of
-
     make, rows = {
         "bert": (lambda: tiny_bert(dropout=0.1, float64=True), text_rows(20)),
         "vit": (lambda: tiny_vit(dropout=0.1, float64=True), image_rows(20, float64=True)),
@@ -444,3 +445,74 @@ def test_the_gradient_is_the_trainers_to_clip(tmp_path):
     )
     logged = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
     assert norms == pytest.approx([0.01] * 5, rel=1e-3) and min(logged) > 0.01
+
+
+# ---- methods to come: a first shift known before the data
+
+
+@dataclass(frozen=True)
+class CheapAscent(Method):
+    """SAM whose ascent gradient is that of a part of the window: it opens at the shifted weights."""
+
+    perturbation: Perturbation
+    fraction: float
+
+    @property
+    def cost(self):
+        return 1 + self.fraction
+
+    def start(self, landscape):
+        part = landscape.evaluate(fraction=self.fraction)
+        return Opening(shift=self.perturbation(part.take(), landscape))
+
+    def gradient(self, landscape):
+        return landscape.evaluate()
+
+
+@pytest.mark.parametrize("micro, accumulate", [(4, 4), (8, 1)])
+def test_a_method_that_opens_at_a_shift_costs_one_pass_and_the_part(micro, accumulate, tmp_path):
+    model, rows = tiny_mlp(seed=1), mlp_rows(80)
+    w0, _, loss_fn = functional(model)
+    wire = Tripwire(model)
+    settings = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulate}
+    method = CheapAscent(Perturbation(0.1), 0.25)
+    trainer = train(SharpTrainer, model, rows, tmp_path, method=method, **sizes, **settings)
+    assert wire.count == 5 * (accumulate + 1)
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["sharp_evaluations"] for line in logged] == [1.25] * 5
+    w, losses = w0.clone(), []
+    for window in windows_of(rows, micro, accumulate)[:5]:
+        part = window[:1] if accumulate > 1 else [{k: v[:2] for k, v in window[0].items()}]
+        g = window_gradient(loss_fn, w, part)
+        there = w + 0.1 * g / g.norm()
+        losses.append(torch.stack([loss_fn(there, batch) for batch in window]).mean().item())
+        w = w - 0.05 * window_gradient(loss_fn, there, window)
+    torch.testing.assert_close(weights(trainer), w, rtol=0, atol=1e-12)
+    assert [line["loss"] for line in logged] == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_part_of_a_window_is_normalised_by_its_own_tokens(tmp_path):
+    seen = []
+
+    @dataclass(frozen=True)
+    class Look(Method):
+        cost = 2.0
+
+        def gradient(self, landscape):
+            here = landscape.evaluate()
+            part = landscape.evaluate(fraction=0.5)
+            seen.append(
+                (here.loss.item(), part.loss.item(), [b["labels"].ne(-100).sum().item() for b in landscape.batches])
+            )
+            return here
+
+    model = tiny_llama(dropout=0.0)
+    rows = causal_rows(16, ragged=True)
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1, "learning_rate": 0.0}
+    train(SharpTrainer, model, rows, tmp_path, method=Look(), **sizes)
+    first = windows_of(rows, 2, 2)[0]
+    model.eval()
+    with torch.no_grad():
+        expected = model(**first[0]).loss.item()  # a mean over the part's own tokens
+    assert seen[0][1] == pytest.approx(expected, rel=1e-5) and seen[0][0] != pytest.approx(seen[0][1], rel=1e-3)
