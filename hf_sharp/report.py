@@ -225,12 +225,14 @@ def table(rows: Iterable[Row], baseline: str = BASELINE) -> str:
         baseline: the method that the others are compared with.
 
     Returns:
-        Text, one line a method; "-" stands where there is nothing to say.
+        Text, one line a method and one for the majority class; "-" stands where there is nothing to say.
     """
     summaries = summarise(rows, baseline)
     metric = summaries[0]["metric"] if summaries else "value"
     compared = (f"minus {baseline}", "95 % interval")
-    lines = [("method", "seeds", metric, "sd", *compared, "loss", "gap", "ms/step", "ratio", "passes")]
+    lines: list[tuple[str, ...]] = [
+        ("method", "seeds", metric, "sd", *compared, "loss", "gap", "ms/step", "ratio", "passes")
+    ]
     for s in summaries:
         milliseconds = None if s["seconds_per_step"] is None else 1000 * s["seconds_per_step"]
         span = None if s["interval"] is None else (s["difference"] - s["interval"], s["difference"] + s["interval"])
@@ -240,9 +242,11 @@ def table(rows: Iterable[Row], baseline: str = BASELINE) -> str:
             _show(s["loss"], ".4f"), _show(s["gap"], ".4f"), _show(milliseconds, ".1f"), _show(s["ratio"], ".2f"),
             _show(s["passes"], "g"),
         ))  # fmt: skip
+    if summaries and summaries[0]["majority"] is not None:
+        lines.append(("majority class", "", _show(summaries[0]["majority"], ".4f"), *[""] * (len(lines[0]) - 3)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     shown = ["  ".join((c.ljust if i == 0 else c.rjust)(widths[i]) for i, c in enumerate(line)) for line in lines]
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
+    return "\n".join(line.rstrip() for line in (shown[0], "-" * len(shown[0]), *shown[1:]))
 
 
 def verdict(rows: Iterable[Row], method: str, baseline: str = BASELINE) -> str:

@@ -196,7 +196,7 @@ class SharpMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # pyright: ignore
-        if self.method is not None:
+        if self.method is not None and self.args.should_save:  # pyright: ignore
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)  # pyright: ignore
             (folder / CONFIG_NAME).write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
 

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # the models are tiny; threads that wait for each other cost more than they bring
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,11 @@
+"""Data that the recipes train on: GLUE with its official metrics, and a text task that every machine already has."""
+
+from hf_sharp.tasks.docstrings import PACKAGES as PACKAGES
+from hf_sharp.tasks.docstrings import TextTask as TextTask
+from hf_sharp.tasks.docstrings import load_docstrings as load_docstrings
+from hf_sharp.tasks.docstrings import small_bert as small_bert
+from hf_sharp.tasks.docstrings import word_tokenizer as word_tokenizer
+from hf_sharp.tasks.glue import GLUE as GLUE
+from hf_sharp.tasks.glue import GlueTask as GlueTask
+from hf_sharp.tasks.glue import load_glue as load_glue
+from hf_sharp.tasks.noise import redraw_labels as redraw_labels

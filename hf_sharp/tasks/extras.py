@@ -1,0 +1,24 @@
+"""Optional packages: a missing one is named together with the command that installs it."""
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+
+def optional(module: str) -> ModuleType:
+    """Import a package of the ``recipes`` extra.
+
+    Args:
+        module: name to import, for example ``"datasets"``.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: if it is not installed; the message says how to install it.
+    """
+    top = module.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        package = "scikit-learn" if top == "sklearn" else top
+        raise ImportError(f"This needs {package}, which is not installed: pip install hf_sharp[recipes]")
+    return importlib.import_module(module)
