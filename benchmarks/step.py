@@ -1,12 +1,12 @@
-"""What does a sharpness-aware step cost here? Time and memory of every method against the plain Trainer, on your machine.
+"""What does a sharpness-aware step cost here? Time and memory of every method against the plain Trainer, on your box.
 
     make bench
     python benchmarks/step.py --method sam fsam --model bert --hidden 768 --layers 12 --batch 32 --length 128 --bf16
 
 All contenders train the same model from the same start. They take turns, one optimizer step each, in an order that is
 shuffled every round, so that slow spells of the machine hit all alike; ratios are taken within a round. The floor is a
-plain step plus one bare forward and backward: what a two-pass method costs if all else is free. Runs on a GPU if there is
-one. Memory is the peak of what torch allocates: exact on a GPU; on a CPU it is left out.
+plain step plus one bare forward and backward: what a two-pass method costs if all else is free. Runs on a GPU if there
+is one. Memory is the peak of what torch allocates: exact on a GPU; on a CPU it is left out.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import threading
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -90,7 +91,7 @@ class BarePass(Trainer):
         return loss
 
 
-def build(options) -> torch.nn.Module:
+def build(options) -> Any:
     set_seed(0)
     size = {"hidden_size": options.hidden, "num_hidden_layers": options.layers}
     size["num_attention_heads"] = max(1, options.hidden // 64)
@@ -157,7 +158,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--model", choices=("bert", "llama"), default="bert")
-    for flag, default in (("hidden", 128), ("layers", 4), ("batch", 16), ("length", 64), ("accumulate", 1), ("rounds", 20)):
+    for flag, default in (
+        ("hidden", 128),
+        ("layers", 4),
+        ("batch", 16),
+        ("length", 64),
+        ("accumulate", 1),
+        ("rounds", 20),
+    ):
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")

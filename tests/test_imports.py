@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "replay": {"torch", "numpy"},  # numpy for its random stream only
     "rows": {"torch"},
     "host": {"torch"},
-    "report": {"torch", "numpy", "scipy", "matplotlib", "transformers"},
+    "report.*": {"torch", "scipy", "matplotlib", "transformers", ".report"},
     "objectives.*": {"torch", ".objectives"},
     "tasks.*": {
         *("torch", "numpy", "scipy", "sklearn", "datasets", "evaluate", "transformers", "tokenizers", "PIL"),
@@ -63,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {".objectives"},
     "diagnostics": {".diagnostics"},
     "tasks": {".tasks"},
+    "report": {".report"},
     "": {"."},
 }
 PACKAGES = {name for name in ALLOWED if not name or f"{name}.*" in ALLOWED}

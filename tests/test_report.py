@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from hf_sharp import report
+from hf_sharp.report import results
 
 
 def row(method="plain", seed=0, value=0.5, **more):
@@ -103,7 +104,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report._replace(path, interrupted)
+        results.write_whole(path, interrupted)
     assert json.loads(path.read_text()) == [1]
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
