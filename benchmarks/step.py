@@ -97,7 +97,8 @@ def build(options) -> Any:
     size["num_attention_heads"] = max(1, options.hidden // 64)
     if options.model == "llama":
         return LlamaForCausalLM(LlamaConfig(vocab_size=4000, intermediate_size=options.hidden * 8 // 3, **size))
-    model = BertForSequenceClassification(BertConfig(vocab_size=8000, intermediate_size=options.hidden * 4, **size))
+    config = BertConfig(vocab_size=8000, intermediate_size=options.hidden * 4, **size)
+    model: Any = BertForSequenceClassification(config)
     model.accepts_loss_kwargs = False  # transformers#47688: the head ignores num_items_in_batch
     return model
 
