@@ -6,11 +6,11 @@ from hf_sharp.balls import AdaptiveBall as AdaptiveBall
 from hf_sharp.balls import FisherBall as FisherBall
 from hf_sharp.balls import L2Ball as L2Ball
 from hf_sharp.config import SharpConfig as SharpConfig
+from hf_sharp.entry_masks import FisherMask as FisherMask
+from hf_sharp.entry_masks import RandomMask as RandomMask
 from hf_sharp.landscape import Landscape as Landscape
 from hf_sharp.masks import ByName as ByName
-from hf_sharp.masks import FisherMask as FisherMask
 from hf_sharp.masks import NormLayers as NormLayers
-from hf_sharp.masks import RandomMask as RandomMask
 from hf_sharp.methods import SAM as SAM
 from hf_sharp.methods import Method as Method
 from hf_sharp.methods import Plain as Plain

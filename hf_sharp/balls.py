@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_sharp.part import Part
-from hf_sharp.vector import ParamVector, total, wide
+from hf_sharp.vector import ParamVector, chunks, total, wide
 
 if TYPE_CHECKING:
     from hf_sharp.landscape import Landscape
@@ -41,11 +41,11 @@ class Ball(Part):
 
     @abstractmethod
     def metric(self, grad: Tensor, weight: Tensor, name: str, landscape: Landscape) -> Tensor:
-        """The diagonal of M on one parameter.
+        """The diagonal of M on entries of one parameter.
 
         Args:
-            grad: the ascent gradient, loss-scaled, in float32 or better.
-            weight: the parameter's values, of the same shape.
+            grad: the ascent gradient or a part of it, loss-scaled, in float32 or better.
+            weight: the parameter's values at the same entries.
             name: the parameter's name.
             landscape: where this is.
 
@@ -82,11 +82,12 @@ class Ball(Part):
         return total(products).sqrt()
 
     def _images(self, grad: ParamVector, landscape: Landscape) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One parameter at a time, so that temporaries stay small: g as stored; g and M g in float32 or better."""
+        """A part of a parameter at a time: g as stored; g and M g in float32 or better."""
         for stored, w, name in zip(grad.tensors, landscape.weights.tensors, landscape.names, strict=True):
             if stored is not None and w is not None:
-                g = wide(stored)
-                yield stored, g, g * self.metric(g, wide(w), name, landscape)
+                for part, weight in chunks(stored, w):
+                    g = wide(part)
+                    yield part, g, g * self.metric(g, wide(weight), name, landscape)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule | float]] = {
     "follows_lr": schedules.FollowsLearningRate,
     "zero_during_warmup": lambda rho, end: schedules.ZeroDuringWarmup(rho),
 }
+ENDLESS = ("constant", "zero_during_warmup")  # schedules without an end of their own
 SCHEDULE_OPTIONS = ("rho_schedule", "rho_end")
 
 
@@ -39,7 +40,7 @@ def options_of(method: str) -> tuple[str, ...]:
     Raises:
         ValueError: if there is no such method.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"There is no method '{method}'. Known: {', '.join(METHODS)}.")
     own = tuple(inspect.signature(METHODS[method]).parameters)
     return own + SCHEDULE_OPTIONS if "rho" in own else own
@@ -112,6 +113,8 @@ class SharpConfig:
         if schedule is not None:
             if schedule not in SCHEDULES:
                 raise ValueError(f"rho_schedule is one of {', '.join(SCHEDULES)}; got {schedule!r}.")
+            if end is not None and schedule in ENDLESS:
+                raise ValueError(f"The schedule '{schedule}' has no end, so rho_end says nothing.")
             rho = given.get("rho", inspect.signature(preset).parameters["rho"].default)
             given["rho"] = SCHEDULES[schedule](rho, 0.0 if end is None else end)
         return preset(**given)
@@ -157,14 +160,35 @@ class SharpConfig:
             The config.
 
         Raises:
-            ValueError: if the file records a method that was not made from settings.
+            ValueError: if the file is not such a record, or records a method that was not made from settings.
         """
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = read_record(path)
         if "repr" in saved and saved.get("settings") is None:
             raise ValueError(
                 f"{path} records the method {saved['repr']}, which no settings describe; build it in Python."
             )
         return cls.from_dict(saved["settings"] if "repr" in saved else saved)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """What a `sharp_config.json` says.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: if it is not a JSON object.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); it was cut short or changed by hand.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is not a record of a method.")
+    return record
 
 
 MethodLike = Method | SharpConfig | Mapping[str, Any] | str | None

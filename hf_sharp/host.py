@@ -86,6 +86,14 @@ class Host(ABC):
         """
 
     @abstractmethod
+    def refuse_subsets(self, reason: str) -> None:
+        """From now on let `backward` compute all gradients, also where `only` asks for some; say so once.
+
+        Args:
+            reason: what went wrong with a subset.
+        """
+
+    @abstractmethod
     def mean_over_ranks(self, tensors: list[Tensor]) -> list[Tensor]:
         """The mean of each tensor over all ranks.
 

@@ -10,7 +10,8 @@ The contract, which every method and every door relies on:
 2. `shifted(epsilon)` adds epsilon to the weights, in place in their storage, and copies the old weights back at the
    end: bitwise, also after an exception, an out-of-memory error or Ctrl-C.
 3. Nothing here waits for the device, and nothing branches on a number that only the device knows: inf and NaN flow
-   through the passes to the gradient handed over, where the host's scaler sees them.
+   through the passes to the gradient handed over, where the host's scaler sees them. (The one wait is the stepper's,
+   in steps that changed the method's state.)
 4. `hand_over(evaluation)` writes `p.grad` as if one ordinary backward had run: scaled as the host expects, None where
    no gradient came.
 
@@ -20,7 +21,6 @@ kept from step to step, divides by `loss_scale`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -30,13 +30,14 @@ from torch import Tensor, nn
 
 from hf_sharp import rows
 from hf_sharp.answers import Evaluation, Names, Opening
+from hf_sharp.facts import Facts
 from hf_sharp.host import Host
 from hf_sharp.replay import RandomState, buffers_kept, streams_kept
 from hf_sharp.shift import displaced, realised, seen
 from hf_sharp.vector import ParamVector, copy_, move_, total
 
 
-class Landscape:
+class Landscape(Facts):
     """The loss around the present weights for one accumulation window.
 
     Args:
@@ -48,79 +49,26 @@ class Landscape:
         evaluations: how many times the window was passed through so far; a part counts as its share.
         metrics: what was measured of the last shift, 0-dim tensors by name.
         slope: <g, e>, noted by the perturbation while both are known.
+        doubt: a 0-dim tensor, 0 or NaN, that is added to the gradient handed over: NaN if something that the method
+            used besides its evaluations was not finite.
     """
 
     def __init__(self, host: Host, batches: Sequence[Any] = (), measuring: bool = False) -> None:
-        self.host = host
+        super().__init__(host)
         self.batches = list(batches)
         self.measuring = measuring
         self.opening = Opening()
         self.evaluations = 0.0
         self.metrics: dict[str, Tensor] = {}
         self.slope: Tensor | None = None
-        self._records: list[RandomState] = []
+        self.doubt: Tensor | None = None
+        self._records: list[tuple[RandomState, list[int]]] = []
         self._losses: list[Tensor] = []
         self._first: Evaluation | None = None
+        self._lacking: set[str] = set()
         self._here: Tensor | None = None
         self._there: Evaluation | None = None
         self._devices = {p.device for p in host.parameters.values() if p.device.type != "cpu"}
-
-    @property
-    def step(self) -> int:
-        """The number of optimizer steps made before this one; methods keep no counters."""
-        return self.host.step
-
-    @property
-    def total_steps(self) -> int | None:
-        """The number of optimizer steps of this training, None if unknown."""
-        return self.host.total_steps
-
-    @property
-    def warmup_steps(self) -> int | None:
-        """How many steps the learning rate warms up, None if unknown."""
-        return self.host.warmup_steps
-
-    @property
-    def lr(self) -> float:
-        """The present learning rate."""
-        return self.host.lr
-
-    @property
-    def lr_max(self) -> float:
-        """The largest learning rate of the schedule."""
-        return self.host.lr_max
-
-    @property
-    def loss_scale(self) -> Tensor:
-        """The factor that this step's gradients carry, a 0-dim tensor; 1 without a scaler."""
-        return self.host.loss_scale
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters' names, in the order of every `ParamVector`."""
-        return list(self.host.parameters)
-
-    @property
-    def weights(self) -> ParamVector:
-        """The present weights, as views: they change when the weights do."""
-        return ParamVector(p.detach() for p in self.host.parameters.values())
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The model's modules by name."""
-        return dict(self.host.model.named_modules())
-
-    def random(self, tag: str) -> torch.Generator:
-        """A private generator on the CPU, the same on every rank for the same seed, step and tag.
-
-        Args:
-            tag: what is drawn, such as a parameter's name.
-
-        Returns:
-            The generator; the global random stream is not touched.
-        """
-        digest = hashlib.blake2b(f"{self.host.seed}/{self.step}/{tag}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def first_pass(self, batch: Any) -> Tensor:
         """One micro-batch of the step's first evaluation, called by the door in the host's own context.
@@ -131,7 +79,8 @@ class Landscape:
         Returns:
             The loss that the host logs.
         """
-        self._records.append(RandomState.record(self._devices))
+        self.batches[len(self._records)] = batch
+        self._records.append((RandomState.record(self._devices), rows.versions(batch)))
         with nullcontext() if self.opening.shift is None else self.shifted(self.opening.shift):
             self._losses.append(self.host.backward(batch, self._parameters(self.opening.only)))
         return self._losses[-1]
@@ -268,14 +217,21 @@ class Landscape:
             torch.clear_autocast_cache()
             yield
 
-    def hand_over(self, evaluation: Evaluation) -> None:
+    def hand_over(self, evaluation: Evaluation) -> ParamVector:
         """Write the gradient where the host looks for it, as if one ordinary backward had left it there.
 
         Args:
             evaluation: what the method returned.
+
+        Returns:
+            The gradient that was written.
         """
-        for parameter, grad in zip(self.host.parameters.values(), evaluation.grad.tensors, strict=True):
-            parameter.grad = None if grad is None else grad.to(parameter.dtype)
+        grad, doubt = evaluation.grad, self.doubt
+        if doubt is not None:
+            grad = grad.map(lambda t: t + doubt.to(t.device, t.dtype))
+        for parameter, tensor in zip(self.host.parameters.values(), grad.tensors, strict=True):
+            parameter.grad = None if tensor is None else tensor.to(parameter.dtype)
+        return grad
 
     def clean(self) -> None:
         """Drop all gradients, as before an evaluation or after a step that failed."""
@@ -318,6 +274,8 @@ class Landscape:
     def _collect_first(self) -> None:
         if self._losses:
             self._first = Evaluation(total(self._losses), self._gather(self.opening.only))
+            pairs = zip(self.names, self._first.grad.tensors, strict=True)
+            self._lacking = {n for n, g in pairs if g is None and n in (self.opening.only or ())}
             self._here = self._first.loss if self.opening.shift is None else None
             self._losses = []
 
@@ -328,7 +286,13 @@ class Landscape:
 
     def _repeat_draws(self, index: int) -> None:
         if index < len(self._records):
-            self._records[index].restore()
+            draws, versions = self._records[index]
+            if rows.versions(self.batches[index]) != versions:
+                raise RuntimeError(
+                    "The model or the loss changes its inputs in place, so a second pass would see other data than "
+                    "the first. Change a copy of them."
+                )
+            draws.restore()
 
     def _replay(self, batches: Sequence[Any], only: Names | None, repeat: bool = True) -> Evaluation:
         towards, losses = self._parameters(only), []
@@ -341,8 +305,16 @@ class Landscape:
                     losses.append(self.host.backward(batch, towards))
         self.evaluations += len(batches) / len(self.batches)
         evaluation = Evaluation(total(losses), self._gather(only))
+        if only is None and self._lacking:
+            self._look_for_lost(evaluation.grad)
         self._there = evaluation if self.measuring else None
         return evaluation
+
+    def _look_for_lost(self, grad: ParamVector) -> None:
+        """A parameter with a gradient in the full backward, and none in the subset's, was lost by the latter."""
+        lost = [n for n, g in zip(self.names, grad.tensors, strict=True) if g is not None and n in self._lacking]
+        if lost:
+            self.host.refuse_subsets(f"a backward towards a subset gave {', '.join(lost[:3])} no gradient")
 
     def _evaluate_part(self, fraction: float, only: Names | None) -> Evaluation:
         several, before = len(self.batches) > 1, self.evaluations

@@ -21,6 +21,8 @@ class Part:
     values back.
     """
 
+    remembers = False  # whether it has state at all, so that a checkpoint without it is noticed
+
     _state: State = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def walk(self, path: str = "") -> Iterator[tuple[str, Part]]:

@@ -34,8 +34,8 @@ class Perturbation(Part):
     mask: Mask | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.rho):
-            radius(self.rho)
+        if not callable(self.rho) or isinstance(self.rho, type):
+            object.__setattr__(self, "rho", radius(self.rho))  # type: ignore[arg-type]
         if not isinstance(self.ball, Ball):
             raise ValueError(f"ball is a Ball, such as AdaptiveBall(eta=0.01); got {self.ball!r}.")
         if self.mask is not None and not isinstance(self.mask, Mask):
@@ -48,9 +48,9 @@ class Perturbation(Part):
             landscape: where this is.
 
         Returns:
-            rho, or what its schedule says.
+            rho, or what its schedule says, which must be a radius too.
         """
-        return self.rho(landscape) if callable(self.rho) else self.rho
+        return radius(self.rho(landscape), "what the schedule gives") if callable(self.rho) else self.rho
 
     def names(self, landscape: Landscape) -> list[str] | None:
         """The parameters that the ascent needs a gradient for.
@@ -62,6 +62,17 @@ class Perturbation(Part):
             Their names, None for all.
         """
         return None if self.mask is None else self.mask.names(landscape)
+
+    def moved(self, landscape: Landscape) -> dict[str, float]:
+        """The parameters that may move.
+
+        Args:
+            landscape: where this is.
+
+        Returns:
+            The (mean) share of entries that move, by parameter name.
+        """
+        return dict.fromkeys(landscape.names, 1.0) if self.mask is None else self.mask.moved(landscape)
 
     def __call__(self, grad: ParamVector, landscape: Landscape) -> ParamVector:
         """The perturbation of a gradient.

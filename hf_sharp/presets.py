@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hf_sharp.balls import AdaptiveBall, Ball, FisherBall, L2Ball
-from hf_sharp.masks import FisherMask, NormLayers
+from hf_sharp.entry_masks import FisherMask
+from hf_sharp.masks import NormLayers
 from hf_sharp.methods.plain import Plain
 from hf_sharp.methods.sam import SAM
 from hf_sharp.perturbation import Perturbation

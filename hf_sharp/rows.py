@@ -9,23 +9,37 @@ from torch import Tensor
 
 
 def count(batch: Any) -> int:
-    """The number of rows of a micro-batch: the first dimension of its first tensor that has one.
+    """The number of rows of a micro-batch: the first dimension that most of its tensors share.
 
     Args:
         batch: tensors, in any nesting of dicts, lists and tuples.
 
     Returns:
-        The number of rows.
+        The number of rows; among sizes that are equally frequent, that of the labels, else the larger.
 
     Raises:
         ValueError: if there is no tensor with a dimension to count.
     """
-    sizes = _sizes(batch)
+    sizes = [t.shape[0] for t in _tensors(batch) if t.ndim]
     if not sizes:
         raise ValueError(
             "This batch holds no tensor with rows, so no part of it can be taken; use several micro-batches."
         )
-    return sizes[0]
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    named = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else None
+    return max(set(sizes), key=lambda size: (sizes.count(size), size == named, size))
+
+
+def versions(batch: Any) -> list[int]:
+    """How often each tensor of a micro-batch was changed in place.
+
+    Args:
+        batch: tensors, in any nesting of dicts, lists and tuples.
+
+    Returns:
+        torch's version counters; of inference tensors, which have none, nothing.
+    """
+    return [t._version for t in _tensors(batch) if not t.is_inference()]
 
 
 def part(batch: Any, rows: slice) -> Any:
@@ -41,11 +55,11 @@ def part(batch: Any, rows: slice) -> Any:
     return _cut(batch, rows, count(batch))
 
 
-def _sizes(batch: Any) -> list[int]:
+def _tensors(batch: Any) -> list[Tensor]:
     if isinstance(batch, Tensor):
-        return [batch.shape[0]] if batch.ndim else []
+        return [batch]
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return [size for value in values for size in _sizes(value)]
+    return [tensor for value in values for tensor in _tensors(value)]
 
 
 def _cut(batch: Any, rows: slice, size: int) -> Any:
@@ -55,6 +69,9 @@ def _cut(batch: Any, rows: slice, size: int) -> Any:
         return {key: _cut(value, rows, size) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
         if any(isinstance(value, Tensor | Mapping | list | tuple) for value in batch):
-            return type(batch)(_cut(value, rows, size) for value in batch)
+            cut = [_cut(value, rows, size) for value in batch]
+            return (
+                type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
+            )  # a namedtuple takes them singly
         return batch[rows] if len(batch) == size else batch
     return batch

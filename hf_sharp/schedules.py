@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,9 +27,14 @@ def radius(value: float, name: str = "rho") -> float:
     Raises:
         ValueError: if it is negative, infinite or not a number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} is a radius, a number of at least 0 (papers use 0.005 to 2); got {value!r}.")
     return float(value)
+
+
+def _length(steps: int | None) -> None:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
+        raise ValueError(f"steps is a number of optimizer steps, or None; got {steps!r}.")
 
 
 def _progress(landscape: Landscape, steps: int | None, who: str) -> float:
@@ -55,6 +61,7 @@ class Linear:
     def __post_init__(self) -> None:
         radius(self.start, "start")
         radius(self.end, "end")
+        _length(self.steps)
 
     def __call__(self, landscape: Landscape) -> float:
         """The radius at the landscape's step."""
@@ -78,6 +85,7 @@ class Cosine:
     def __post_init__(self) -> None:
         radius(self.start, "start")
         radius(self.end, "end")
+        _length(self.steps)
 
     def __call__(self, landscape: Landscape) -> float:
         """The radius at the landscape's step."""
@@ -121,6 +129,7 @@ class ZeroDuringWarmup:
 
     def __post_init__(self) -> None:
         radius(self.rho)
+        _length(self.steps)
 
     def __call__(self, landscape: Landscape) -> float:
         """The radius at the landscape's step; refuses when the length of the warm-up is not known."""

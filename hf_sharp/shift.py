@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hf_sharp.vector import TINY, ParamVector, copy_, total, wide
+from hf_sharp.vector import TINY, ParamVector, chunks, copy_, total, wide
 
 
 @contextmanager
@@ -59,10 +59,11 @@ def realised(weights: Sequence[nn.Parameter], saved: Sequence[Tensor], steps: Se
     """
     along, length, noise = [], [], []
     for weight, old, step in zip(weights, saved, steps, strict=True):
-        wanted, real = wide(step), wide(weight.detach()) - wide(old)
-        along.append((real * wanted).sum())
-        length.append(wanted.square().sum())
-        noise.append((real - wanted).square().sum())
+        for new, before, part in chunks(weight.detach(), old, step):
+            wanted, real = wide(part), wide(new) - wide(before)
+            along.append((real * wanted).sum())
+            length.append(wanted.square().sum())
+            noise.append(real.sub_(wanted).square().sum())
     squared = total(length)
     component, rest = total(along) / squared, (total(noise) / squared).sqrt()
     return {
@@ -88,9 +89,10 @@ def seen(
     """
     along, length = [], []
     for weight, old, grad in zip(weights, saved, grads, strict=True):
-        epsilon = wide(weight.detach()) - wide(old)
-        length.append(epsilon.square().sum())
-        if grad is not None:
-            along.append((wide(grad) * epsilon).sum())
+        gradient = torch.zeros_like(old) if grad is None else grad
+        for new, before, part in chunks(weight.detach(), old, gradient):
+            epsilon = wide(new) - wide(before)
+            length.append(epsilon.square().sum())
+            along.append((wide(part) * epsilon).sum())
     product, squared = total(along), total(length)
     return product / (squared.sqrt() * there.norm()).clamp_min(TINY), product, squared

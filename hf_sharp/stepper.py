@@ -43,16 +43,10 @@ class Stepper:
             self.method.rollback(self._before)
         self._batches, self._next, self._landscape = list(batches), 0, None
 
-    def expects(self, batch: Any) -> bool:
-        """Whether a micro-batch is the next of the window.
-
-        Args:
-            batch: a micro-batch.
-
-        Returns:
-            True if `expect` announced this very object as the next one.
-        """
-        return self._next < len(self._batches) and self._batches[self._next] is batch
+    @property
+    def expects_more(self) -> bool:
+        """Whether the announced window has micro-batches that were not given yet."""
+        return self._next < len(self._batches)
 
     def micro_batch(self, batch: Any, last: bool, measuring: bool = False) -> Tensor:
         """One micro-batch of the window; at the last one the method runs and its gradient is handed over.
@@ -60,7 +54,7 @@ class Stepper:
         After an exception weights, buffers and the method's state are what they were, and no gradients are left.
 
         Args:
-            batch: the next micro-batch.
+            batch: the next micro-batch, the announced object or what the host made of it.
             last: whether the host makes its optimizer step after this one.
             measuring: whether this step's metrics are wanted.
 
@@ -85,13 +79,34 @@ class Stepper:
         return self._landscape
 
     def _finish(self, landscape: Landscape) -> None:
-        evaluation = self.method.gradient(landscape)
-        landscape.hand_over(evaluation)
-        if self.method.changed_since(self._before) and not evaluation.grad.norm().isfinite():
+        grad = landscape.hand_over(self.method.gradient(landscape))
+        if self.method.changed_since(self._before) and not grad.norm().isfinite():
             self.method.rollback(self._before)  # the host will skip this step, or its weights are lost anyway
+        self._before = {}
         if landscape.measuring:
             self.metrics = {**landscape.metrics, "sharp_evaluations": landscape.evaluations}
         self._batches, self._next, self._landscape = [], 0, None
+
+    def alone(self, batch: Any, measuring: bool = False) -> Tensor:
+        """A micro-batch that no window announced: a step of its own, whose gradient adds to what is there already.
+
+        Args:
+            batch: the micro-batch.
+            measuring: whether this step's metrics are wanted.
+
+        Returns:
+            The loss that the host logs.
+        """
+        parameters = list(self.host.model.parameters())
+        earlier = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        self.expect([batch])
+        loss = self.micro_batch(batch, last=True, measuring=measuring)
+        for parameter, grad in zip(parameters, earlier, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+        return loss
 
     def _abandon(self) -> None:
         if self._landscape is not None:

@@ -13,21 +13,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
-from hf_sharp.config import MethodLike, read_method
+from hf_sharp.config import MethodLike, read_method, read_record
 from hf_sharp.landscape import Landscape
-from hf_sharp.methods.base import Method
+from hf_sharp.refusals import refuse
 from hf_sharp.stepper import Stepper
 from hf_sharp.trainer_host import TrainerHost
 
 logger = logging.getLogger(__name__)
 CONFIG_NAME, STATE_NAME = "sharp_config.json", "sharp_state.safetensors"
-GENERATING = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer", "PPOTrainer")
 
 
 class SharpMixin:
@@ -48,7 +46,7 @@ class SharpMixin:
     def __init__(self, *args: Any, method: MethodLike = None, **kwargs: Any) -> None:
         self.method, self.sharp_config = read_method(method)
         self._sharp_stepper: Stepper | None = None
-        self._sharp_loaded = self._sharp_announced = False
+        self._sharp_announced = self._sharp_warned = False
         super().__init__(*args, **kwargs)
         self._sharp_host = TrainerHost(self, super().training_step)  # pyright: ignore
         if self.method is not None:
@@ -72,7 +70,7 @@ class SharpMixin:
 
         Args:
             model: the model, wrapped for training.
-            inputs: the micro-batch; one that is not of the remembered window is a window of its own.
+            inputs: the micro-batch, the next of the remembered window; without one, a window of its own.
             num_items_in_batch: the window's number of items.
 
         Returns:
@@ -82,11 +80,10 @@ class SharpMixin:
         if stepper is None:
             return super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore
         self._sharp_host.wrapped, self._sharp_host.items = model, num_items_in_batch
-        last = self.accelerator.sync_gradients  # pyright: ignore
-        if not stepper.expects(inputs):
-            stepper.expect([inputs])
-            last = True
-        return stepper.micro_batch(inputs, last, measuring=self._logs_next_step())
+        measuring = self._logs_next_step()
+        if not stepper.expects_more:
+            return stepper.alone(inputs, measuring)
+        return stepper.micro_batch(inputs, self.accelerator.sync_gradients, measuring)  # pyright: ignore
 
     def _logs_next_step(self) -> bool:
         """Whether the step being made will be logged, as the Trainer's default flow decides it."""
@@ -118,7 +115,7 @@ class SharpMixin:
             return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
         self.method.reset()
         self._sharp_stepper = Stepper(self.method, self._sharp_host)
-        self._sharp_host.flops = 0.0
+        self._sharp_host.flops, self._sharp_warned = 0.0, False
         self._check_method()
         if not self._sharp_announced and self.is_world_process_zero():  # pyright: ignore
             self._sharp_announced = True
@@ -148,7 +145,7 @@ class SharpMixin:
         landscape = Landscape(self._sharp_host)
         sizes = {name: p.numel() for name, p in self._sharp_host.parameters.items()}
         moved = self.method.moved(landscape)
-        entries, everything = sum(sizes[name] for name in moved), sum(sizes.values())
+        entries, everything = round(sum(sizes[name] * share for name, share in moved.items())), sum(sizes.values())
         return (
             f"hf_sharp: {self.method!r} looks around in {len(moved)} of {len(sizes)} trainable tensors "
             f"({entries:,} of {everything:,} entries, {100 * entries / everything:.1f} %) "
@@ -179,13 +176,19 @@ class SharpMixin:
     def _read_metrics(self, metrics: dict[str, Any]) -> dict[str, float]:
         tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         if tensors:  # one wait for the device, on logging steps only
-            stacked = torch.stack([t.to(self.args.device, torch.float64).reshape(()) for t in tensors.values()])  # pyright: ignore
+            stacked = torch.stack([t.to(self.args.device).float().reshape(()) for t in tensors.values()])  # pyright: ignore
             if self.accelerator.num_processes > 1:  # pyright: ignore
                 stacked = self.accelerator.reduce(stacked, reduction="mean")  # pyright: ignore
             metrics = {**metrics, **dict(zip(tensors, stacked.tolist(), strict=True))}
         component, noise = metrics.get("sharp_component", 1.0), metrics.get("sharp_noise", 0.0)
-        if abs(component - 1) > 0.25 or noise > 2:
-            _warn_lost_shift(component, noise)
+        if not self._sharp_warned and (abs(component - 1) > 0.25 or noise > 2):
+            self._sharp_warned = True
+            warnings.warn(
+                f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of "
+                f"{noise:.2f} times its length: so small a step rounds away in 16-bit weights. Use float32 weights "
+                "with bf16=True, adapters, or a larger rho.",
+                stacklevel=2,
+            )
         return metrics
 
     # --- what is written and read ------------------------------------------------------------------------------------
@@ -196,14 +199,17 @@ class SharpMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # pyright: ignore
-        if self.method is not None and self.args.should_save:  # pyright: ignore
-            folder = Path(output_dir if output_dir is not None else self.args.output_dir)  # pyright: ignore
-            (folder / CONFIG_NAME).write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
+        if self.args.should_save:  # pyright: ignore
+            path = Path(output_dir if output_dir is not None else self.args.output_dir) / CONFIG_NAME  # pyright: ignore
+            if self.method is None:
+                path.unlink(missing_ok=True)  # of an earlier training into the same folder
+            else:
+                path.write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore
         state = {} if self.method is None else self.method.state_dict()
-        if state and self.args.should_save:  # pyright: ignore
+        if self._remembers() and self.args.should_save:  # pyright: ignore
             tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
             numbers = {key: json.dumps(value) for key, value in state.items() if not isinstance(value, Tensor)}
             save_file(tensors, os.path.join(output_dir, STATE_NAME), metadata=numbers)
@@ -212,15 +218,17 @@ class SharpMixin:
         super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
         if checkpoint is None:
             return
-        config = Path(checkpoint) / CONFIG_NAME
-        saved = json.loads(config.read_text(encoding="utf-8"))["repr"] if config.is_file() else "None"
+        config, path = Path(checkpoint) / CONFIG_NAME, Path(checkpoint) / STATE_NAME
+        saved = read_record(config).get("repr") if config.is_file() else "None"
         if saved != repr(self.method):
             warnings.warn(f"The checkpoint was trained with {saved}, and goes on with {self.method!r}.", stacklevel=2)
-        path = os.path.join(checkpoint, STATE_NAME)
-        if self.method is not None and os.path.isfile(path):
-            with safe_open(path, framework="pt", device=str(self.args.device)) as file:  # pyright: ignore
-                numbers = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-                self.method.load_state_dict({**numbers, **{key: file.get_tensor(key) for key in file.keys()}})
+        if self.method is not None and path.is_file():
+            self.method.load_state_dict(_read_state(path, str(self.args.device)))  # pyright: ignore
+        elif self._remembers():
+            warnings.warn(f"{path} is missing: the method's state (its mask, for one) starts afresh.", stacklevel=2)
+
+    def _remembers(self) -> bool:
+        return self.method is not None and any(part.remembers for _, part in self.method.walk())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with a section and a tag that say how the gradient was got."""
@@ -235,45 +243,13 @@ class SharpMixin:
         card.save(path)
 
 
-@functools.cache
-def _warn_lost_shift(component: float, noise: float) -> None:
-    warnings.warn(
-        f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of "
-        f"{noise:.2f} times its length: so small a step rounds away in 16-bit weights. Use float32 weights with "
-        "bf16=True, adapters, or a larger rho.",
-        stacklevel=2,
-    )
-
-
-def refuse(trainer: Trainer, method: Method) -> None:
-    """Refuse, by name, the hosts in which a second backward pass cannot be right.
-
-    Args:
-        trainer: the Trainer.
-        method: the method it was given.
-
-    Raises:
-        ValueError: naming what stands in the way and the way out.
-    """
-    args, plugin = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
-    optimizer = str(getattr(args.optim, "value", args.optim)).lower()
-    generating = [cls.__name__ for cls in type(trainer).__mro__ if cls.__name__ in GENERATING]
-    reasons = {
-        "DeepSpeed makes its optimizer step inside the first backward pass. Use DDP": trainer.is_deepspeed_enabled,
-        "SageMaker model parallelism runs forward and backward as one. Use DDP": is_sagemaker_mp_enabled(),
-        "on XLA gradients are reduced inside the optimizer step. Train on GPUs or CPUs": is_torch_xla_available(),
-        "sharded parameters (FSDP) are not supported yet. Use DDP": trainer.is_fsdp_enabled,
-        "context parallelism shards the window's tensors in place. Train without it": bool(
-            getattr(plugin, "cp_enabled", False)
-        ),
-        f"the optimizer '{optimizer}' steps inside the backward pass. Use adamw_torch": "lomo" in optimizer
-        or "layerwise" in optimizer,
-        f"{', '.join(generating)} generates its data between steps and cannot repeat a pass over it. Train offline, "
-        "with SFT, DPO or reward modelling": bool(generating),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"{type(method).__name__} needs further passes over the same window, but {reason}.")
+def _read_state(path: Path, device: str) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            numbers = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if ":" in key}
+            return {**numbers, **{key: file.get_tensor(key) for key in file.keys()}}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Resume from another checkpoint.") from error
 
 
 class SharpTrainer(SharpMixin, Trainer):

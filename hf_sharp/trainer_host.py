@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -32,8 +32,7 @@ class TrainerHost(Host):
         self.items: Any = None
         self.flops = 0.0  # of the passes made since the Trainer last asked
         self._known: tuple[Any, dict[str, nn.Parameter]] = (None, {})
-        self._largest_lr = 0.0
-        self._warned = False
+        self._no_subsets: str | None = None
 
     @property
     def model(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -44,11 +43,11 @@ class TrainerHost(Host):
     def parameters(self) -> dict[str, nn.Parameter]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The optimizer's trainables by the model's names; before there is an optimizer, the model's trainables."""
         groups = self._groups
-        key = [(id(group["params"]), len(group["params"])) for group in groups]
+        key = [(id(p), p.requires_grad) for group in groups for p in group["params"]]
         if self._known[0] != key or not groups:
             inside = {id(p) for group in groups for p in group["params"]}
             named = self.model.named_parameters()
-            chosen = {name: p for name, p in named if (id(p) in inside if groups else p.requires_grad)}
+            chosen = {name: p for name, p in named if p.requires_grad and (id(p) in inside or not groups)}
             self._known = (key, chosen)
         return self._known[1]
 
@@ -80,9 +79,9 @@ class TrainerHost(Host):
 
     @property
     def lr_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The first group's `initial_lr`, which schedulers set, else the largest learning rate seen."""
-        groups, self._largest_lr = self._groups, max(self._largest_lr, self.lr)
-        return float(groups[0].get("initial_lr", self._largest_lr)) if groups else self._largest_lr
+        """The first group's `initial_lr`, which schedulers set, else that of the arguments."""
+        groups, largest = self._groups, max(self.trainer.args.learning_rate, self.lr)
+        return float(groups[0].get("initial_lr", largest)) if groups else largest
 
     @property
     def loss_scale(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -98,8 +97,7 @@ class TrainerHost(Host):
 
     def backward(self, batch: Any, only: Sequence[nn.Parameter] | None) -> Tensor:
         """The Trainer's own `training_step`; towards `only`, through `accelerator.backward(inputs=...)`."""
-        if isinstance(batch, dict):
-            self.flops += float(Trainer.floating_point_ops(self.trainer, batch))
+        self._count(batch)
         if only is None or not self._subset_works():
             return self._step(self.wrapped, batch, self.items)
         with _patched(self.trainer.accelerator, "backward", inputs=list(only)):
@@ -107,6 +105,7 @@ class TrainerHost(Host):
 
     def forward(self, batch: Any) -> Any:
         """The wrapped model's outputs for the prepared inputs."""
+        self._count(batch, share=1 / 3)
         self.wrapped.train()
         inputs = self.trainer._prepare_inputs(batch)
         with self.trainer.compute_loss_context_manager():
@@ -115,6 +114,7 @@ class TrainerHost(Host):
     def row_backward(self, row: Any) -> None:
         """The Trainer's `compute_loss` of one row, backward without a reduction over ranks."""
         trainer, model = self.trainer, self.wrapped
+        self._count(row)
         with trainer.accelerator.no_sync(model):
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, trainer._prepare_inputs(row))
@@ -149,14 +149,23 @@ class TrainerHost(Host):
             "reentrant gradient checkpointing needs the full backward": self._reentrant(),
         }
         reason = next((text for text, holds in reasons.items() if holds), None)
-        if reason is not None and not self._warned:
-            self._warned = True
+        if reason is not None:
+            self.refuse_subsets(reason)
+        return self._no_subsets is None
+
+    def refuse_subsets(self, reason: str) -> None:
+        """Remembered until the Trainer is gone; the warning comes once."""
+        if self._no_subsets is None:
+            self._no_subsets = reason
             warnings.warn(
                 f"The ascent of this method needs few gradients, but {reason}: all are computed, and a step costs "
                 "the time of two full passes.",
                 stacklevel=2,
             )
-        return reason is None
+
+    def _count(self, batch: Any, share: float = 1.0) -> None:
+        if isinstance(batch, Mapping):
+            self.flops += share * float(Trainer.floating_point_ops(self.trainer, batch))  # pyright: ignore
 
     def _reentrant(self) -> bool:
         for module in self.model.modules():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,22 @@ def total(terms: Iterable[Tensor]) -> Tensor:
         return torch.zeros(())
     device, dtype = terms[0].device, max((t.dtype for t in terms), key=lambda d: d.itemsize)
     return torch.stack([t.to(device, dtype) for t in terms]).sum()
+
+
+def chunks(*tensors: Tensor, size: int = 2**20) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of tensors of one shape, so that temporaries stay small however large a tensor is.
+
+    Args:
+        *tensors: of one shape.
+        size: entries a part.
+
+    Yields:
+        Flat views of the same entries of each; the tensors themselves where one of them is not contiguous.
+    """
+    if all(t.is_contiguous() for t in tensors):
+        yield from zip(*(t.view(-1).split(size) for t in tensors), strict=True)
+    else:
+        yield tensors
 
 
 def alike(*lists: Sequence[Tensor]) -> bool:
@@ -168,7 +184,7 @@ class ParamVector:
         Returns:
             A 0-dim tensor.
         """
-        return total((wide(a) * wide(b)).sum() for a, b in self.pairs(other))
+        return total((wide(a) * wide(b)).sum() for pair in self.pairs(other) for a, b in chunks(*pair))
 
     def scale_(self, factor: Scalar) -> ParamVector:
         """Multiply all entries, in place.

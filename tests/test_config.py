@@ -54,7 +54,8 @@ def test_schedules_have_names():
         "zero_during_warmup": ZeroDuringWarmup(0.2),
     }
     for name, schedule in schedules.items():
-        config = SharpConfig(method="sam", rho=0.2, rho_schedule=name, rho_end=0.1)
+        end = None if name in ("constant", "zero_during_warmup") else 0.1
+        config = SharpConfig(method="sam", rho=0.2, rho_schedule=name, rho_end=end)
         assert config.build() == SAM(Perturbation(schedule))
     assert SharpConfig(rho_schedule="linear").build() == SAM(Perturbation(Linear(0.05, 0.0)))
 
@@ -72,11 +73,20 @@ def test_schedules_have_names():
         ({"method": "fsam", "keep": 0.0}, r"\(0, 1\]"),
         ({"method": "sam", "rho_schedule": "square"}, "rho_schedule is one of"),
         ({"method": "sam", "rho_end": 0.1}, "belongs to a rho_schedule"),
+        ({"method": "sam", "rho_schedule": "constant", "rho_end": 0.1}, "has no end"),
+        ({"method": ["sam"]}, "There is no method"),
     ],
 )
 def test_bad_settings_are_refused_with_the_way_out(settings, message):
     with pytest.raises(ValueError, match=message):
         read_method(settings)
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path):
+    for text in ("{", "[]"):
+        (tmp_path / "sharp_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"sharp_config.json is not"):
+            SharpConfig.from_json_file(tmp_path / "sharp_config.json")
 
 
 def test_a_door_takes_a_method_in_every_form():

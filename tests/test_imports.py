@@ -35,7 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "balls": {"torch", ".vector", ".part"},
     "masks": {"torch", ".vector", ".part"},
     "answers": {"torch", ".vector"},
-    "landscape": {"torch", ".vector", ".replay", ".part", ".rows", ".host", ".shift", ".answers"},
+    "facts": {"torch", ".vector", ".host"},
+    "entry_masks": {"torch", ".vector", ".masks"},
+    "landscape": {"torch", ".facts", ".vector", ".replay", ".part", ".rows", ".host", ".shift", ".answers"},
     # floor 3
     "perturbation": {"torch", ".balls", ".masks", ".schedules", ".vector", ".part"},
     # floor 4
@@ -46,17 +48,28 @@ ALLOWED: dict[str, set[str]] = {
     },
     "diagnostics.*": {"torch", ".landscape", ".perturbation", ".vector"},
     # floor 5
-    "presets": {".methods", ".perturbation", ".balls", ".masks", ".schedules"},
+    "presets": {".entry_masks", ".methods", ".perturbation", ".balls", ".masks", ".schedules"},
     "stepper": {"torch", "accelerate", ".landscape", ".answers", ".host", ".part", ".methods.base"},
     "loop": {"torch", "accelerate", ".landscape", ".host", ".stepper", ".methods.base"},
     "optimizer": {"torch", ".landscape", ".host", ".stepper", ".methods.base"},
     "averaging": {"torch", "transformers", ".vector"},
     "config": {"transformers", "yaml", ".presets", ".schedules", ".methods.base", ".objectives"},
+    "refusals": {"transformers", "accelerate", ".methods.base"},
     "trainer_host": {"torch", "transformers", "accelerate", ".host"},
     # floor 6
     "trainer": {
         *("torch", "numpy", "transformers", "accelerate", "safetensors", "huggingface_hub"),
-        *(".config", ".stepper", ".trainer_host", ".landscape", ".host", ".methods.base", ".part", ".objectives"),
+        *(
+            ".config",
+            ".refusals",
+            ".stepper",
+            ".trainer_host",
+            ".landscape",
+            ".host",
+            ".methods.base",
+            ".part",
+            ".objectives",
+        ),
     },
     # re-exports only
     "methods": {".methods"},

@@ -24,8 +24,8 @@ from hf_sharp import (
     RandomMask,
     ZeroDuringWarmup,
 )
+from hf_sharp.entry_masks import largest
 from hf_sharp.landscape import Landscape
-from hf_sharp.masks import largest
 from models import mlp_rows, tiny_mlp, windows_of
 from references import functional, window_gradient
 from toy import ToyHost, flat, opened
@@ -244,7 +244,73 @@ def test_a_random_mask_is_the_same_for_the_same_seed_and_step_and_spares_the_str
     assert 0 < supports[0].sum() <= int(0.25 * supports[0].numel())
 
 
+def test_an_eligible_tensor_without_gradient_at_the_refresh_does_not_move_until_the_next():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, labels):
+            return {"loss": (self.a if labels[0] == 0 else self.b)(x).square().mean()}
+
+    model, mask = Experts(), FisherMask(keep=0.25, every=10)
+    for which, name in ((0, "a"), (1, "b")):
+        window = [{"x": torch.randn(3, 4), "labels": torch.full((3,), which)}]
+        landscape, host = opened(model, window)
+        host.step = which
+        epsilon = Perturbation(0.1, mask=mask)(landscape.evaluate().grad, landscape)
+        moved = dict(zip(landscape.names, epsilon.tensors, strict=True))
+        weight = moved[f"{name}.weight"]
+        assert (0 if weight is None else int((weight != 0).sum())) == (4 if which == 0 else 0)
+        assert moved[f"{name}.bias"].ne(0).all()  # outside: always
+
+
+def test_a_row_whose_gradient_is_infinite_spoils_the_step():
+    model = tiny_mlp()
+    landscape, host = opened(model, WINDOW)
+    whole = host.row_backward
+
+    def broken(row):
+        whole(row)
+        model.hidden.weight.grad[0, 0] = torch.inf
+
+    host.row_backward = broken
+    here = landscape.evaluate()
+    Perturbation(0.1, mask=FisherMask(fisher="per_sample", samples=2))(here.grad, landscape)
+    assert landscape.hand_over(here).norm().isnan() and model.head.bias.grad.isnan().all()
+
+
+def test_a_model_without_eligible_entries_is_refused():
+    model = tiny_mlp()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("bias" in name)
+    with pytest.raises(ValueError, match="no eligible parameter"):
+        FisherMask().check(Landscape(ToyHost(model)))
+
+
+@pytest.mark.parametrize("mask", [None, FisherMask(keep=0.2), FisherMask(keep=0.2, renormalise=True), NormLayers()])
+@pytest.mark.parametrize("ball", [L2Ball(), AdaptiveBall(eta=0.02), FisherBall(eta=3.0)])
+def test_the_slope_is_that_of_the_perturbation(mask, ball):
+    epsilon, grad, landscape = perturbed(Perturbation(0.1, ball, mask))
+    torch.testing.assert_close(landscape.slope, grad.dot(epsilon), rtol=1e-10, atol=0)
+
+
+def test_what_moves_is_told_by_share():
+    landscape = Landscape(ToyHost(tiny_mlp()))
+    shares = Perturbation(0.1, mask=FisherMask(keep=0.2)).moved(landscape)
+    assert shares["hidden.weight"] == 0.2 and shares["hidden.bias"] == shares["embed.weight"] == 1.0
+    assert "hidden.bias" not in Perturbation(0.1, mask=FisherMask(outside="never")).moved(landscape)
+    assert Perturbation(0.1, mask=NormLayers()).moved(landscape) == {"norm.weight": 1.0, "norm.bias": 1.0}
+    assert set(Perturbation(0.1, mask=RandomMask(keep=0.3)).moved(landscape).values()) == {0.3}
+
+
 # ---- schedules
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
+def test_a_schedule_that_gives_no_radius_is_refused(value):
+    with pytest.raises(ValueError, match="what the schedule gives"):
+        radii(lambda landscape: value, (0,))
 
 
 def radii(schedule, steps, **facts):
@@ -307,6 +373,13 @@ def test_a_schedule_that_needs_an_unknown_length_says_so():
         lambda: FollowsLearningRate(-0.1),
         lambda: ZeroDuringWarmup(-0.1),
         lambda: hf_sharp.sam_on(ball="linf"),
+        lambda: FisherMask(renormalise="false"),
+        lambda: hf_sharp.SAM(0.05),
+        lambda: hf_sharp.SAM(None),
+        lambda: Perturbation(Linear),
+        lambda: Linear(1, 0, steps="x"),
+        lambda: Linear(1, 0, steps=-3),
+        lambda: ZeroDuringWarmup(0.1, steps=float("nan")),
     ],
 )
 def test_what_cannot_be_right_is_refused_at_construction(make):

@@ -50,6 +50,9 @@ class ToyHost(Host):
     def unsynced(self):
         return nullcontext()
 
+    def refuse_subsets(self, reason):
+        self.calls.append(reason)
+
     def mean_over_ranks(self, tensors):
         return tensors
 

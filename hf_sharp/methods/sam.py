@@ -32,6 +32,10 @@ class SAM(Method):
 
     perturbation: Perturbation
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.perturbation, Perturbation):
+            raise ValueError(f"SAM takes a Perturbation, such as Perturbation(rho=0.05); got {self.perturbation!r}.")
+
     @property
     def cost(self) -> float:
         """Two evaluations; an ascent for some parameters alone counts as one too, though it is cheaper."""
@@ -47,7 +51,6 @@ class SAM(Method):
         with landscape.shifted(self.perturbation(here.take(), landscape)):
             return landscape.evaluate()
 
-    def moved(self, landscape: Landscape) -> list[str]:
+    def moved(self, landscape: Landscape) -> dict[str, float]:
         """What the perturbation moves."""
-        names = self.perturbation.names(landscape)
-        return landscape.names if names is None else names
+        return self.perturbation.moved(landscape)

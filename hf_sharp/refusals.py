@@ -1,0 +1,46 @@
+"""Hosts in which a further backward pass cannot be right, refused by name before training."""
+
+from __future__ import annotations
+
+from accelerate.utils import DistributedType
+from transformers import Trainer
+from transformers.utils import is_sagemaker_mp_enabled
+
+from hf_sharp.methods.base import Method
+
+GENERATING = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer", "PPOTrainer")
+
+
+def refuse(trainer: Trainer, method: Method) -> None:
+    """Refuse, by name, the hosts in which a second backward pass cannot be right.
+
+    Args:
+        trainer: the Trainer.
+        method: the method it was given.
+
+    Raises:
+        ValueError: naming what stands in the way and the way out.
+    """
+    args, plugin = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
+    given = (
+        type(trainer.optimizer).__name__ if trainer.optimizer is not None else getattr(args.optim, "value", args.optim)
+    )
+    optimizer, kind = str(given).lower(), trainer.accelerator.distributed_type
+    generating = [cls.__name__ for cls in type(trainer).__mro__ if cls.__name__ in GENERATING]
+    reasons = {
+        "DeepSpeed makes its optimizer step inside the first backward pass. Use DDP": trainer.is_deepspeed_enabled,
+        "SageMaker model parallelism runs forward and backward as one. Use DDP": is_sagemaker_mp_enabled(),
+        "on XLA gradients are reduced inside the optimizer step. Train on GPUs or CPUs": kind == DistributedType.XLA,
+        "sharded parameters (FSDP) are not supported yet. Use DDP": trainer.is_fsdp_enabled,
+        "context or sequence parallelism shards the window's tensors in place. Train without it": any(
+            getattr(plugin, name, False) for name in ("cp_enabled", "sp_enabled")
+        ),
+        "tensor parallelism is not supported yet. Use DDP": bool(getattr(plugin, "tp_enabled", False)),
+        f"the optimizer '{optimizer}' steps inside the backward pass. Use adamw_torch": "lomo" in optimizer
+        or "layerwise" in optimizer,
+        f"{', '.join(generating)} generates its data between steps and cannot repeat a pass over it. Train offline, "
+        "with SFT, DPO or reward modelling": bool(generating),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"{type(method).__name__} needs further passes over the same window, but {reason}.")
