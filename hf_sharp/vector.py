@@ -39,16 +39,17 @@ def total(terms: Iterable[Tensor]) -> Tensor:
     return torch.stack([t.to(device, dtype) for t in terms]).sum()
 
 
-def chunks(*tensors: Tensor, size: int = 2**20) -> Iterator[tuple[Tensor, ...]]:
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Parts of tensors of one shape, so that temporaries stay small however large a tensor is.
 
     Args:
         *tensors: of one shape.
-        size: entries a part.
 
     Yields:
-        Flat views of the same entries of each; the tensors themselves where one of them is not contiguous.
+        Flat views of the same entries of each, 65,536 on a CPU (what its cache holds), 16 million elsewhere; the tensors
+        themselves where one of them is not contiguous.
     """
+    size = 2**16 if tensors[0].device.type == "cpu" else 2**24
     if all(t.is_contiguous() for t in tensors):
         yield from zip(*(t.view(-1).split(size) for t in tensors), strict=True)
     else:

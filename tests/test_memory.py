@@ -1,0 +1,99 @@
+"""What a step keeps alive: one copy of what moves, nothing beside it, also where metrics are measured."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Trainer, TrainerCallback
+
+from doors import build
+from hf_sharp import SharpTrainer, asam, fisher_sam, fsam, sam, sam_on
+from models import text_rows, tiny_bert
+
+
+class LiveTensors(TorchDispatchMode):
+    """The peak of the bytes of all tensor storages that are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.track(tensor.untyped_storage())
+        return out
+
+    def track(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if size and key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+class Watch(TrainerCallback):
+    def __init__(self, live):
+        self.live = live
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:  # the optimizer has its moments now
+            self.live.peak = self.live.now
+
+
+def peak(tmp_path, method, logging_steps=100):
+    """Peak of steps 2 to 4 in copies of the trainables; most of the model is one tensor, and one row hides nothing."""
+    gc.collect()
+    model = tiny_bert(dropout=0.0, hidden_size=64, intermediate_size=128, vocab_size=5000, max_position_embeddings=64)
+    model.accepts_loss_kwargs = False
+    live = LiveTensors()
+    cls = Trainer if method is None else SharpTrainer
+    own = {} if method is None else {"method": method}
+    settings = {
+        "per_device_train_batch_size": 1,
+        "max_steps": 4,
+        "logging_steps": logging_steps,
+        "optim": "adamw_torch_fused",
+    }
+    trainer = build(cls, model, text_rows(8), tmp_path, callbacks=[Watch(live)], **settings, **own)
+    with live:
+        for parameter in model.parameters():
+            live.track(parameter.untyped_storage())
+        trainer.train()
+    return live.peak / sum(4 * p.numel() for p in model.parameters())
+
+
+PARTS = 0.35  # two temporaries of 65,536 entries, in copies of this small model
+
+
+@pytest.mark.parametrize(
+    "method, bar",
+    [(sam(), 1.02), (fsam(), 1.27), (asam(), 1.02 + PARTS), (fisher_sam(), 1.02 + PARTS), (sam_on(), 0.02)],
+    ids=["sam", "fsam", "asam", "fisher_sam", "sam_on"],
+)
+def test_the_peak_beyond_plain_training(method, bar, tmp_path):
+    plain = peak(tmp_path, None)
+    assert plain == pytest.approx(4, abs=0.15)  # weights, gradients and two moments
+    assert peak(tmp_path, method) - plain <= bar
+    assert peak(tmp_path, method, logging_steps=1) - plain <= bar + PARTS
+
+
+def test_metrics_are_computed_on_logging_steps_only(tmp_path, monkeypatch):
+    from hf_sharp import landscape
+
+    calls = []
+    real = landscape.realised
+    monkeypatch.setattr(landscape, "realised", lambda *a: (calls.append(1), real(*a))[1])
+    model = tiny_bert(dropout=0.0)
+    model.accepts_loss_kwargs = False
+    build(SharpTrainer, model, text_rows(40), tmp_path, method=sam(), max_steps=6, logging_steps=3).train()
+    assert len(calls) == 2
