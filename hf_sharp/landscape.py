@@ -33,7 +33,7 @@ from hf_sharp.answers import Evaluation, Names, Opening
 from hf_sharp.facts import Facts
 from hf_sharp.host import Host
 from hf_sharp.replay import RandomState, buffers_kept, streams_kept
-from hf_sharp.shift import displaced, realised, seen
+from hf_sharp.shift import Pool, displaced, realised, seen
 from hf_sharp.vector import ParamVector, copy_, move_, total
 
 
@@ -44,6 +44,7 @@ class Landscape(Facts):
         host: the training loop this stands in.
         batches: the window's micro-batches; empty when only facts are asked for.
         measuring: whether this step's metrics are wanted (they cost no pass and no copy, but some arithmetic).
+        pool: memory for copies of the weights, if it is kept from step to step.
 
     Attributes:
         evaluations: how many times the window was passed through so far; a part counts as its share.
@@ -53,10 +54,13 @@ class Landscape(Facts):
             used besides its evaluations was not finite.
     """
 
-    def __init__(self, host: Host, batches: Sequence[Any] = (), measuring: bool = False) -> None:
+    def __init__(
+        self, host: Host, batches: Sequence[Any] = (), measuring: bool = False, pool: Pool | None = None
+    ) -> None:
         super().__init__(host)
         self.batches = list(batches)
         self.measuring = measuring
+        self._pool = Pool() if pool is None else pool
         self.opening = Opening()
         self.evaluations = 0.0
         self.metrics: dict[str, Tensor] = {}
@@ -188,7 +192,7 @@ class Landscape(Facts):
         where = [index for index, step in enumerate(epsilon.tensors) if step is not None]
         weights, steps = self._at(where), epsilon.present()
         del epsilon
-        with displaced(weights) as saved:
+        with displaced(weights, self._pool) as saved:
             with torch.no_grad():
                 move_(weights, steps)
             if self.measuring:
@@ -211,7 +215,7 @@ class Landscape(Facts):
             Nothing.
         """
         present = self._at([index for index, value in enumerate(weights.tensors) if value is not None])
-        with displaced(present):
+        with displaced(present, self._pool):
             with torch.no_grad():
                 copy_(present, weights.present())
             torch.clear_autocast_cache()

@@ -11,6 +11,7 @@ from hf_sharp.host import Host
 from hf_sharp.landscape import Landscape
 from hf_sharp.methods.base import Method
 from hf_sharp.part import State
+from hf_sharp.shift import Pool
 
 
 class Stepper:
@@ -28,6 +29,7 @@ class Stepper:
         self.method = method
         self.host = host
         self.metrics: dict[str, Tensor | float] = {}
+        self._pool = Pool()
         self._batches: list[Any] = []
         self._next = 0
         self._landscape: Landscape | None = None
@@ -74,7 +76,7 @@ class Stepper:
 
     def _open(self, measuring: bool) -> Landscape:
         self._before = self.method.snapshot()
-        self._landscape = Landscape(self.host, self._batches, measuring)
+        self._landscape = Landscape(self.host, self._batches, measuring, self._pool)
         self._landscape.opening = self.method.start(self._landscape)
         return self._landscape
 

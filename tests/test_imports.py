@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "diagnostics.*": {"torch", ".landscape", ".perturbation", ".vector"},
     # floor 5
     "presets": {".entry_masks", ".methods", ".perturbation", ".balls", ".masks", ".schedules"},
-    "stepper": {"torch", "accelerate", ".landscape", ".answers", ".host", ".part", ".methods.base"},
+    "stepper": {"torch", ".shift", "accelerate", ".landscape", ".answers", ".host", ".part", ".methods.base"},
     "loop": {"torch", "accelerate", ".landscape", ".host", ".stepper", ".methods.base"},
     "optimizer": {"torch", ".landscape", ".host", ".stepper", ".methods.base"},
     "averaging": {"torch", "transformers", ".vector"},

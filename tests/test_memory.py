@@ -72,19 +72,19 @@ def peak(tmp_path, method, logging_steps=100):
     return live.peak / sum(4 * p.numel() for p in model.parameters())
 
 
-PARTS = 0.35  # two temporaries of 65,536 entries, in copies of this small model
+PART = 65_536 / 446_659  # temporaries are parts of a tensor; in copies of this small model they are large
 
 
 @pytest.mark.parametrize(
     "method, bar",
-    [(sam(), 1.02), (fsam(), 1.27), (asam(), 1.02 + PARTS), (fisher_sam(), 1.02 + PARTS), (sam_on(), 0.02)],
+    [(sam(), 1.02), (fsam(), 1.27), (asam(), 1.02 + 6 * PART), (fisher_sam(), 1.02 + 6 * PART), (sam_on(), 0.02)],
     ids=["sam", "fsam", "asam", "fisher_sam", "sam_on"],
 )
 def test_the_peak_beyond_plain_training(method, bar, tmp_path):
     plain = peak(tmp_path, None)
     assert plain == pytest.approx(4, abs=0.15)  # weights, gradients and two moments
     assert peak(tmp_path, method) - plain <= bar
-    assert peak(tmp_path, method, logging_steps=1) - plain <= bar + PARTS
+    assert peak(tmp_path, method, logging_steps=1) - plain <= bar + 3 * PART
 
 
 def test_metrics_are_computed_on_logging_steps_only(tmp_path, monkeypatch):
