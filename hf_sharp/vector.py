@@ -197,8 +197,9 @@ class ParamVector:
             This vector.
         """
         present = self.present()
-        if isinstance(factor, Tensor) and factor.device.type == "cpu":
-            factor = factor.item()  # no device to wait for, and four times as fast
+        exact = all(t.dtype.itemsize >= 4 for t in present)  # a 16-bit kernel would round a Python number first
+        if exact and isinstance(factor, Tensor) and factor.device.type == "cpu":
+            factor = factor.item()  # no device to wait for
         if not isinstance(factor, Tensor) or (present and alike(present, [factor])):
             torch._foreach_mul_(present, factor)
         else:
