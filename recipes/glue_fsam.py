@@ -48,7 +48,7 @@ DEFAULTS = {"method": "fsam", "compare": ["plain"], "label_noise": [0.0], "loggi
 DEFAULTS |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "report_to": "none"}
 DEFAULTS |= {"dataloader_pin_memory": torch.accelerator.is_available()}  # without one, pinning only brings a warning
 REAL = {"num_train_epochs": 3.0, "learning_rate": 2e-5, "save_strategy": "epoch"}
-DEMO = {"output_dir": "outputs/glue_fsam", "label_noise": [0.0, 0.4], "num_train_epochs": 14.0, "learning_rate": 5e-4}
+DEMO = {"output_dir": "outputs/glue_fsam", "label_noise": [0.0, 0.4], "num_train_epochs": 12.0, "learning_rate": 5e-4}
 DEMO |= {"max_seq_length": 32, "train_sampling_strategy": "group_by_length", "save_steps": 250}
 DOCSTRINGS = replace(GLUE["sst2"], name="docstrings", texts=("text",), labels=PACKAGES)
 
