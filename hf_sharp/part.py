@@ -47,6 +47,22 @@ class Part:
             landscape: the model's landscape, without data.
         """
 
+    def moved(self, landscape: Landscape) -> dict[str, float]:
+        """The parameters that are looked around in, for the note at the start of training.
+
+        Args:
+            landscape: the model's landscape, without data.
+
+        Returns:
+            The (mean) share of entries that move, by parameter name; by default what the parts among the fields say.
+        """
+        shares: dict[str, float] = {}
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, Part):
+                shares |= value.moved(landscape)
+        return shares
+
     def snapshot(self) -> dict[str, State]:
         """The state of all parts as it is now, to give to `rollback`; no tensor is copied.
 

@@ -4,9 +4,9 @@ The demo (no network: a two-layer BERT, from scratch, tells which standard-libra
 
     accelerate launch recipes/glue_fsam.py
 
-Expected there (one run; other machines and Pythons differ by some hundredths): accuracy on clean labels plain 0.81, fsam
-0.80; with 40 % of the training labels drawn at random plain 0.48, fsam 0.53; majority class 0.17; a step of fsam takes
-twice the time; 132 s of processor time. One seed is a hint at most: --seeds 5 prints the interval of the difference.
+Expected there (one run; other machines and Pythons differ by some hundredths): accuracy on clean labels plain 0.81,
+fsam 0.80; with 40 % of the training labels drawn at random plain 0.48, fsam 0.53; majority class 0.17; a step of fsam
+takes twice the time; 132 s of processor time. One seed is a hint at most: --seeds 5 prints an interval.
 
 Real GLUE, from the Hub or a folder in the official TSV layout; five seeds, and plain training of the same compute:
 

@@ -9,7 +9,7 @@ from transformers import Trainer
 import hf_sharp
 from cases import METHODS, PERTURBING
 from doors import Recorder, Tripwire, build, train, weights
-from hf_sharp import SharpTrainer
+from hf_sharp import Landscape, SharpTrainer
 from models import mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
 from references import adamw, entrywise, functional, linear_decay, sgd, trajectory
 
@@ -253,6 +253,21 @@ def test_passes_are_what_the_cost_declares(name, accumulate, tmp_path):
     assert wire.count == trainer.method.cost * 6 * accumulate
     logged = [line["sharp_evaluations"] for line in trainer.state.log_history if "sharp_evaluations" in line]
     assert logged == [trainer.method.cost] * 6
+
+
+@every_method
+def test_what_moves_is_what_the_start_announces(name, tmp_path, monkeypatch):
+    shifted, moved = Landscape.shifted, set()
+
+    def watched(landscape, epsilon):
+        pairs = zip(landscape.names, epsilon.tensors, strict=True)
+        moved.update(n for n, e in pairs if e is not None and e.ne(0).any())
+        return shifted(landscape, epsilon)
+
+    monkeypatch.setattr(Landscape, "shifted", watched)
+    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(40), tmp_path, method=METHODS[name].method())
+    assert moved == set(trainer.method.moved(Landscape(trainer._sharp_host)))
+    assert bool(moved) == bool(METHODS[name].radius)
 
 
 # 8 ---- what the loss does not use stays untouched, buffers move once

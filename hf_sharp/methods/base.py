@@ -47,15 +47,3 @@ class Method(Part):
         """
         del landscape
         return Opening()
-
-    def moved(self, landscape: Landscape) -> dict[str, float]:
-        """The parameters that this method looks around in, for the note at the start of training.
-
-        Args:
-            landscape: the model's landscape, without data.
-
-        Returns:
-            The (mean) share of entries that move, by parameter name; the default is none.
-        """
-        del landscape
-        return {}

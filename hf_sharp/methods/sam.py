@@ -50,7 +50,3 @@ class SAM(Method):
         here = landscape.evaluate(only=landscape.opening.only)
         with landscape.shifted(self.perturbation(here.take(), landscape)):
             return landscape.evaluate()
-
-    def moved(self, landscape: Landscape) -> dict[str, float]:
-        """What the perturbation moves."""
-        return self.perturbation.moved(landscape)
