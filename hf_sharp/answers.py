@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from hf_sharp.vector import ParamVector
 
 Names = Collection[str]
+Hook = Callable[[Any, Any], Any]  # of (outputs, batch)
 
 
 class Evaluation:
@@ -18,12 +19,14 @@ class Evaluation:
     Args:
         loss: detached 0-dim tensor, the sum over the window of what the host logs for a micro-batch.
         grad: the gradient, loss-scaled as the host's.
+        reduced: the sum over the window of what `reduce` gave, if it was asked for.
     """
 
-    __slots__ = ("_grad", "loss")
+    __slots__ = ("_grad", "loss", "reduced")
 
-    def __init__(self, loss: Tensor, grad: ParamVector) -> None:
+    def __init__(self, loss: Tensor, grad: ParamVector, reduced: Any = None) -> None:
         self.loss = loss
+        self.reduced = reduced
         self._grad: ParamVector | None = grad
 
     @property
@@ -56,16 +59,24 @@ class Evaluation:
         Returns:
             A new evaluation.
         """
-        return Evaluation(self.loss, grad)
+        return Evaluation(self.loss, grad, self.reduced)
 
 
 class Opening(NamedTuple):
     """How the first evaluation of a step is to be made, said before its data pass through the model.
 
     Attributes:
-        shift: where to make it: a perturbation known beforehand; None for the present weights.
+        shift: where to make it: a perturbation known beforehand, or a function that gives it (called before each
+            micro-batch, so that nothing is kept between them); None for the present weights.
         only: names of the parameters whose gradient it must give; None for all.
+        add: add(outputs, batch) is a term added to the loss of each micro-batch, in the units of the window's loss.
+        reduce: reduce(outputs, batch) is summed over the window without gradients, as `Evaluation.reduced`.
+        terms: weights of the named terms of the loss; each term's landscape has an opening of its own then, and the
+            rest of this one stays empty.
     """
 
-    shift: ParamVector | None = None
+    shift: ParamVector | Callable[[], ParamVector] | None = None
     only: Names | None = None
+    add: Hook | None = None
+    reduce: Hook | None = None
+    terms: Mapping[str, float] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -62,18 +63,90 @@ class Facts:
         return ParamVector(p.detach() for p in self.host.parameters.values())
 
     @property
+    def autocast(self) -> torch.dtype | None:
+        """The 16-bit dtype that forwards compute in, None for the weights' own precision."""
+        return self.host.autocast
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the labels of a position are those of the next one, as in causal language models."""
+        for module in self.host.model.modules():
+            config = getattr(module, "config", None)
+            if getattr(module, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration"):
+                return not getattr(config, "is_encoder_decoder", False)
+        return False
+
+    def momentum(self) -> ParamVector | None:
+        """The momentum that the optimizer has gathered so far, loss scale removed.
+
+        Returns:
+            SGD's momentum or Adam's first moment, not to be changed; None before the first step.
+        """
+        found = self.host.momentum()
+        return None if found is None else ParamVector(found.get(name) for name in self.names)
+
+    def mean_over_ranks(self, vector: ParamVector) -> ParamVector:
+        """The mean of a vector over all ranks.
+
+        Args:
+            vector: one that this rank has by itself, with tensors for the same parameters on every rank.
+
+        Returns:
+            The mean, equal on all ranks.
+        """
+        if self.host.ranks == 1:
+            return vector
+        means = iter(self.host.mean_over_ranks(vector.present()))
+        return vector.map(lambda _: next(means))
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks.
+
+        Args:
+            value: the same shape on every rank.
+
+        Returns:
+            The sum, equal on all ranks.
+        """
+        return value if self.host.ranks == 1 else self.host.mean_over_ranks([value])[0] * self.host.ranks
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """The model's modules by name."""
         return dict(self.host.model.named_modules())
 
-    def random(self, tag: str) -> torch.Generator:
-        """A private generator on the CPU, the same on every rank for the same seed, step and tag.
+    def named(self, vector: ParamVector) -> dict[str, Tensor]:
+        """A vector as a dict, the form in which methods keep state.
+
+        Args:
+            vector: over the parameters.
+
+        Returns:
+            Its tensors by parameter name, where there are any.
+        """
+        return {name: t for name, t in zip(self.names, vector.tensors, strict=True) if t is not None}
+
+    def vector(self, named: Mapping[str, Tensor]) -> ParamVector:
+        """The vector of a dict that `named` made, where the parameters are now.
+
+        Args:
+            named: tensors by parameter name.
+
+        Returns:
+            The vector, None where the dict has nothing.
+        """
+        parameters = self.host.parameters.items()
+        return ParamVector(named[name].to(p.device) if name in named else None for name, p in parameters)
+
+    def random(self, tag: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A private generator, the same on every rank for the same seed, step and tag.
 
         Args:
             tag: what is drawn, such as a parameter's name.
+            device: where to draw; kinds of devices give different numbers.
 
         Returns:
             The generator; the global random stream is not touched.
         """
         digest = hashlib.blake2b(f"{self.host.seed}/{self.step}/{tag}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

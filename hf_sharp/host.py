@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,6 +24,9 @@ class Host(ABC):
         lr_max: the largest learning rate of the schedule.
         loss_scale: the factor on the loss that the gradients carry, a 0-dim tensor.
         seed: the training's seed.
+        rank: the number of this process among `ranks`.
+        ranks: how many processes train together.
+        autocast: the 16-bit dtype that the host's forward computes in, None for the weights' own precision.
     """
 
     model: nn.Module
@@ -34,25 +38,33 @@ class Host(ABC):
     lr_max: float
     loss_scale: Tensor
     seed: int
+    rank: int
+    ranks: int
+    autocast: torch.dtype | None
 
     @abstractmethod
-    def backward(self, batch: Any, only: Sequence[nn.Parameter] | None) -> Tensor:
+    def backward(
+        self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Callable[[Any, Any], Any] | None = None
+    ) -> Tensor:
         """Forward and backward of one micro-batch as the host does it, adding to `p.grad`.
 
         Args:
             batch: the micro-batch as the host's loader gave it.
             only: parameters whose gradients suffice, None for all.
+            hook: hook(outputs, batch), called after the forward; what it returns, if not None, is added to the loss in
+                the units of the whole window's loss (over all ranks), whatever the host divides by.
 
         Returns:
             The detached loss as the host logs it, without the loss scale.
         """
 
     @abstractmethod
-    def forward(self, batch: Any) -> Any:
+    def forward(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
         """The model's outputs for one micro-batch in training mode; called without gradients.
 
         Args:
             batch: the micro-batch as the host's loader gave it.
+            weights: values to use in place of parameters and buffers, by name; these themselves are not touched.
 
         Returns:
             The outputs.
@@ -91,6 +103,17 @@ class Host(ABC):
 
         Args:
             reason: what went wrong with a subset.
+        """
+
+    @abstractmethod
+    def momentum(self) -> dict[str, Tensor] | None:
+        """The optimizer's running mean of gradients (SGD's momentum, Adam's first moment) by parameter name.
+
+        Returns:
+            The tensors themselves, not to be changed; None before the first step.
+
+        Raises:
+            ValueError: if the optimizer keeps none, or keeps it in a form that cannot be read.
         """
 
     @abstractmethod

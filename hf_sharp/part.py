@@ -35,10 +35,17 @@ class Part:
             Pairs of path and part; the path of the part called on is `path`.
         """
         yield path, self
+        for name, part in self._parts():
+            yield from part.walk(f"{path}.{name}".lstrip("."))
+
+    def _parts(self) -> Iterator[tuple[str, Part]]:
+        """The parts among the fields, and those in fields that are dicts."""
         for setting in fields(self):
             value = getattr(self, setting.name)
             if isinstance(value, Part):
-                yield from value.walk(f"{path}.{setting.name}".lstrip("."))
+                yield setting.name, value
+            elif isinstance(value, dict):
+                yield from ((key, inner) for key, inner in value.items() if isinstance(inner, Part))
 
     def check(self, landscape: Landscape) -> None:
         """Refuse before training what cannot be right for this model. The default has nothing to refuse.
@@ -57,10 +64,9 @@ class Part:
             The (mean) share of entries that move, by parameter name; by default what the parts among the fields say.
         """
         shares: dict[str, float] = {}
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if isinstance(value, Part):
-                shares |= value.moved(landscape)
+        for _, part in self._parts():
+            for name, share in part.moved(landscape).items():
+                shares[name] = max(share, shares.get(name, 0.0))
         return shares
 
     def snapshot(self) -> dict[str, State]:

@@ -12,6 +12,8 @@ from hf_sharp.schedules import Schedule, radius
 from hf_sharp.vector import TINY, ParamVector
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hf_sharp.landscape import Landscape
 
 
@@ -74,19 +76,20 @@ class Perturbation(Part):
         """
         return dict.fromkeys(landscape.names, 1.0) if self.mask is None else self.mask.moved(landscape)
 
-    def __call__(self, grad: ParamVector, landscape: Landscape) -> ParamVector:
+    def __call__(self, grad: ParamVector, landscape: Landscape, radius: Tensor | None = None) -> ParamVector:
         """The perturbation of a gradient.
 
         Args:
             grad: the ascent gradient; changed in place if its owner gave it up, else copied. A norm that is not finite
                 makes all of the perturbation NaN, so that the host's scaler sees it.
             landscape: where this is.
+            radius: the radius, a 0-dim tensor that the method has computed; None takes `rho`.
 
         Returns:
             Epsilon: None where nothing moves.
         """
-        rho, wanted = self.radius(landscape), self.names(landscape)
-        epsilon = grad.own()
+        rho, wanted = self.radius(landscape) if radius is None else radius, self.names(landscape)
+        fresh, epsilon = grad.fresh, grad.own()
         if wanted is not None:
             keep = set(wanted)
             epsilon = ParamVector(
@@ -100,7 +103,7 @@ class Perturbation(Part):
         kept = self.ball.stretch_(epsilon, landscape)
         length = kept if full is None else full
         factor = rho / length.clamp_min(TINY) + (length - length)  # the last term is NaN for a length of inf, else 0
-        landscape.slope = factor * kept.square()
+        landscape.slope = factor * kept.square() if fresh else None
         return epsilon.scale_(factor)
 
 

@@ -71,6 +71,19 @@ def streams_kept(devices: Iterable[torch.device]) -> Iterator[None]:
         before.restore()
 
 
+def buffer_copies(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's buffers, for a pass that must not touch the buffers: a graph may have saved them.
+
+    Args:
+        model: the module.
+
+    Returns:
+        Copies by name; large integer buffers, which are tables that nobody moves, are left out.
+    """
+    small = {n: b for n, b in model.named_buffers() if b.is_floating_point() or b.is_complex() or b.numel() <= SMALL}
+    return {name: buffer.detach().clone() for name, buffer in small.items()}
+
+
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Whatever moves the buffers inside (BatchNorm statistics, counters), they are afterwards what they were before.

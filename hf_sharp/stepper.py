@@ -86,7 +86,7 @@ class Stepper:
             self.method.rollback(self._before)  # the host will skip this step, or its weights are lost anyway
         self._before = {}
         if landscape.measuring:
-            self.metrics = {**landscape.metrics, "sharp_evaluations": landscape.evaluations}
+            self.metrics = landscape.measured()
         self._batches, self._next, self._landscape = [], 0, None
 
     def alone(self, batch: Any, measuring: bool = False) -> Tensor:

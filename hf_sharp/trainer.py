@@ -212,7 +212,7 @@ class SharpMixin:
         if self._remembers() and self.args.should_save:  # pyright: ignore
             tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
             numbers = {key: json.dumps(value) for key, value in state.items() if not isinstance(value, Tensor)}
-            save_file(tensors, os.path.join(output_dir, STATE_NAME), metadata=numbers)
+            save_file(tensors, os.path.join(output_dir, STATE_NAME), metadata={"format": "pt", **numbers})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore

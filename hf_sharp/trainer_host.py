@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import Trainer
 
 from hf_sharp.host import Host
+from hf_sharp.momentum import momentum_of, refuse_name
 
 Step = Callable[[nn.Module, Any, Any], Tensor]
 
@@ -95,21 +97,75 @@ class TrainerHost(Host):
         """The arguments' seed."""
         return self.trainer.args.seed
 
-    def backward(self, batch: Any, only: Sequence[nn.Parameter] | None) -> Tensor:
-        """The Trainer's own `training_step`; towards `only`, through `accelerator.backward(inputs=...)`."""
+    @property
+    def rank(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Accelerate's process index."""
+        return self.trainer.accelerator.process_index
+
+    @property
+    def ranks(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Accelerate's number of processes."""
+        return self.trainer.accelerator.num_processes
+
+    @property
+    def autocast(self) -> torch.dtype | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Accelerate's mixed precision."""
+        mixed = str(self.trainer.accelerator.mixed_precision)
+        return {"no": None, "bf16": torch.bfloat16}.get(mixed, torch.float16)
+
+    def backward(
+        self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Callable[[Any, Any], Any] | None = None
+    ) -> Tensor:
+        """The Trainer's `training_step`; `inputs=only` for its backward, a hook in its `compute_loss`."""
         self._count(batch)
-        if only is None or not self._subset_works():
-            return self._step(self.wrapped, batch, self.items)
-        with _patched(self.trainer.accelerator, "backward", inputs=list(only)):
+        with ExitStack() as patches:
+            if only is not None and self._subset_works():
+                backward = functools.partial(self.trainer.accelerator.backward, inputs=list(only))
+                patches.enter_context(_replaced(self.trainer.accelerator, "backward", backward))
+            if hook is not None:
+                patches.enter_context(_replaced(self.trainer, "compute_loss", self._watched(hook)))
             return self._step(self.wrapped, batch, self.items)
 
-    def forward(self, batch: Any) -> Any:
-        """The wrapped model's outputs for the prepared inputs."""
+    def _watched(self, hook: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+        """The Trainer's `compute_loss` with a term more; it cancels what the Trainer divides the loss by later."""
+        original = self.trainer.compute_loss
+
+        def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **keywords: Any) -> Any:
+            given = dict(inputs)  # the Trainer takes labels out of its own dict
+            loss, outputs = original(model, inputs, return_outputs=True, **keywords)
+            term = hook(outputs, given)
+            if term is not None:
+                loss = loss + term.to(loss.device) * (self._divisor() * self.ranks)
+            return (loss, outputs) if return_outputs else loss
+
+        return compute_loss
+
+    def _divisor(self) -> int:
+        """What `training_step` divides the loss by: the number of micro-batches, unless the loss allows for it."""
+        trainer = self.trainer
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            counted = trainer.model_accepts_loss_kwargs and self.items is not None
+            scaled = counted or trainer.compute_loss_func is not None
+        return 1 if scaled else trainer.current_gradient_accumulation_steps
+
+    def forward(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
+        """The wrapped model's outputs for the prepared inputs; with other weights, those of the model inside."""
         self._count(batch, share=1 / 3)
         self.wrapped.train()
         inputs = self.trainer._prepare_inputs(batch)
         with self.trainer.compute_loss_context_manager():
-            return self.wrapped(**inputs)
+            if weights is None:
+                return self.wrapped(**inputs)
+            return functional_call(self.model, dict(weights), args=(), kwargs=dict(inputs))
+
+    def momentum(self) -> dict[str, Tensor] | None:
+        """That of the optimizer inside Accelerate's wrapper."""
+        optimizer: Any = self.trainer.optimizer
+        if optimizer is None:
+            refuse_name(str(getattr(self.trainer.args.optim, "value", self.trainer.args.optim)))
+            return None
+        return momentum_of(optimizer, self.parameters)
 
     def row_backward(self, row: Any) -> None:
         """The Trainer's `compute_loss` of one row, backward without a reduction over ranks."""
@@ -144,7 +200,7 @@ class TrainerHost(Host):
         """Whether a backward towards some parameters alone is possible here; says once what it costs where not."""
         trainer = self.trainer
         reasons = {
-            "gradients are reduced over ranks": trainer.accelerator.num_processes > 1,
+            "gradients are reduced over ranks": self.ranks > 1,
             "the model is replicated by DataParallel": trainer.args.n_gpu > 1,
             "reentrant gradient checkpointing needs the full backward": self._reentrant(),
         }
@@ -176,10 +232,10 @@ class TrainerHost(Host):
 
 
 @contextmanager
-def _patched(owner: Any, name: str, **keywords: Any) -> Iterator[None]:
-    """While open, `owner.name` is called with these keywords too."""
+def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """While open, `owner.name` is the replacement."""
     had, original = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, functools.partial(original, **keywords))
+    setattr(owner, name, replacement)
     try:
         yield
     finally:

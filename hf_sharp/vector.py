@@ -104,11 +104,12 @@ class ParamVector:
         tensors: one entry a parameter, in the order of the landscape's parameters.
     """
 
-    __slots__ = ("given_up", "tensors")
+    __slots__ = ("fresh", "given_up", "tensors")
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
         self.tensors: list[Tensor | None] = list(tensors)
-        self.given_up = False
+        self.given_up = False  # its owner needs it no more
+        self.fresh = False  # it is the step's gradient at the present weights, unchanged
 
     def __repr__(self) -> str:
         present = self.present()
@@ -131,7 +132,9 @@ class ParamVector:
         if self.given_up:
             self.given_up = False
             return self
-        return self.map(torch.clone)
+        copy = self.map(torch.clone)
+        copy.fresh = self.fresh
+        return copy
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ParamVector:
         """The vector of `function(t)` for each tensor there is.
@@ -196,11 +199,13 @@ class ParamVector:
         Returns:
             This vector.
         """
-        present = self.present()
+        self.fresh, present = False, self.present()
         exact = all(t.dtype.itemsize >= 4 for t in present)  # a 16-bit kernel would round a Python number first
         if exact and isinstance(factor, Tensor) and factor.device.type == "cpu":
             factor = factor.item()  # no device to wait for
-        if not isinstance(factor, Tensor) or (present and alike(present, [factor])):
+        if not present:
+            return self
+        if not isinstance(factor, Tensor) or alike(present, [factor]):
             torch._foreach_mul_(present, factor)
         else:
             for tensor in present:
@@ -245,6 +250,83 @@ class ParamVector:
 
         return ParamVector(plus(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
 
+    def add_(self, other: ParamVector, alpha: Scalar = 1.0) -> ParamVector:
+        """Add `alpha` times the other, in place.
+
+        Args:
+            other: a vector over the same parameters.
+            alpha: a number or a 0-dim tensor.
+
+        Returns:
+            This vector; it gains a tensor where only the other has one.
+        """
+        self.fresh = False
+        if isinstance(alpha, Tensor) and alpha.device.type == "cpu":
+            alpha = alpha.item()  # no device to wait for
+        pairs = self.pairs(other)
+        targets, steps = [a for a, _ in pairs], [b for _, b in pairs]
+        if not isinstance(alpha, Tensor) and alike(targets, steps) and all(t.dtype.itemsize >= 4 for t in targets):
+            if targets:
+                torch._foreach_add_(targets, steps, alpha=alpha)
+        else:
+            for pair in pairs:
+                for target, step in chunks(*pair):
+                    factor = alpha.to(target.device) if isinstance(alpha, Tensor) else alpha
+                    target.copy_(wide(target) + wide(step) * factor)
+        missing = ParamVector(b if a is None else None for a, b in zip(self.tensors, other.tensors, strict=True))
+        for index, tensor in enumerate(missing.scale(alpha).tensors):
+            self.tensors[index] = self.tensors[index] if tensor is None else tensor
+        return self
+
+    def reject_(self, other: ParamVector) -> ParamVector:
+        """Keep only the part of this vector that is orthogonal to the other, in place.
+
+        What is left of two parallel vectors is rounding error and is made zero: anything below 100 machine epsilons
+        of this vector's length.
+
+        Args:
+            other: a vector over the same parameters.
+
+        Returns:
+            This vector.
+        """
+        length = self.norm()
+        return self.add_(other, -self.dot(other) / other.norm().square().clamp_min(TINY**2))._drop_below_(length)
+
+    def rest_of_(self, other: ParamVector) -> ParamVector:
+        """Become the part of the other that is orthogonal to this vector, in place; see `reject_`.
+
+        Args:
+            other: a vector over the same parameters.
+
+        Returns:
+            This vector.
+        """
+        share = -self.dot(other) / self.norm().square().clamp_min(TINY**2)
+        return self.scale_(share).add_(other)._drop_below_(other.norm())
+
+    def _drop_below_(self, length: Tensor) -> ParamVector:
+        left, floor = self.norm(), 100 * torch.finfo(length.dtype).eps * length
+        return self.scale_(torch.where(left < floor, torch.zeros_like(left), torch.ones_like(left)))
+
+    def zip_(self, other: ParamVector, function: Callable[[Tensor, Tensor], Tensor]) -> ParamVector:
+        """Replace each entry by `function(entry, entry of the other)`, in place, in float32 or better.
+
+        Args:
+            other: a vector over the same parameters.
+            function: on tensors of equal shape, entry by entry.
+
+        Returns:
+            This vector; None where the other has None.
+        """
+        self.fresh = False
+        for pair in self.pairs(other):
+            for target, value in chunks(*pair):
+                target.copy_(function(wide(target), wide(value)))
+        both = zip(self.tensors, other.tensors, strict=True)
+        self.tensors = [None if b is None else a for a, b in both]
+        return self
+
     def sub(self, other: ParamVector) -> ParamVector:
         """This vector minus the other.
 
@@ -257,7 +339,7 @@ class ParamVector:
         return self.add(other, -1.0)
 
     def reject(self, other: ParamVector) -> ParamVector:
-        """The part of this vector that is orthogonal to the other.
+        """The part of this vector that is orthogonal to the other; see `reject_`.
 
         Args:
             other: a vector over the same parameters.
@@ -265,4 +347,4 @@ class ParamVector:
         Returns:
             A new vector.
         """
-        return self.add(other, -self.dot(other) / other.dot(other).clamp_min(TINY**2))
+        return self.map(torch.clone).reject_(other)

@@ -54,6 +54,9 @@ class TinyMLP(nn.Module):
                 self.spare = nn.Linear(2, 2, bias=False)
         self.dropout = nn.Dropout(dropout)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         hidden = self.dropout(torch.tanh(self.hidden(self.embed(x).mean(dim=1))))
         logits = self.head(self.norm(hidden))

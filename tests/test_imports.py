@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "schedules": set(),
     "replay": {"torch", "numpy"},  # numpy for its random stream only
     "rows": {"torch"},
+    "momentum": {"torch"},
     "host": {"torch"},
     "report.*": {"torch", "scipy", "matplotlib", "transformers", ".report"},
     "objectives.*": {"torch", ".objectives"},
@@ -37,25 +38,32 @@ ALLOWED: dict[str, set[str]] = {
     "answers": {"torch", ".vector"},
     "facts": {"torch", ".vector", ".host"},
     "entry_masks": {"torch", ".vector", ".masks"},
-    "landscape": {"torch", ".facts", ".vector", ".replay", ".part", ".rows", ".host", ".shift", ".answers"},
+    "passes": {"torch", ".facts", ".vector", ".replay", ".rows", ".host", ".answers"},
+    "landscape": {"torch", ".passes", ".vector", ".host", ".shift", ".answers", ".terms"},
+    "terms": {"torch", ".host"},
+    "noise": {"torch", ".vector"},
+    "references": {".noise", ".part"},
     # floor 3
     "perturbation": {"torch", ".balls", ".masks", ".schedules", ".vector", ".part"},
     # floor 4
     "methods.base": {"torch", ".landscape", ".answers", ".vector", ".part"},
     "methods.*": {
         *("torch", ".landscape", ".answers", ".perturbation", ".part", ".vector"),
-        *(".methods.base", ".objectives"),
+        *(".methods", ".objectives", ".references", ".noise", ".balls"),
     },
     "diagnostics.*": {"torch", ".landscape", ".perturbation", ".vector"},
     # floor 5
-    "presets": {".entry_masks", ".methods", ".perturbation", ".balls", ".masks", ".schedules"},
+    "presets.*": {
+        *(".entry_masks", ".methods", ".perturbation", ".balls", ".masks", ".schedules", ".references"),
+        ".presets",
+    },
     "stepper": {"torch", ".shift", "accelerate", ".landscape", ".answers", ".host", ".part", ".methods.base"},
     "loop": {"torch", "accelerate", ".landscape", ".host", ".stepper", ".methods.base"},
     "optimizer": {"torch", ".landscape", ".host", ".stepper", ".methods.base"},
     "averaging": {"torch", "transformers", ".vector"},
     "config": {"transformers", "yaml", ".presets", ".schedules", ".methods.base", ".objectives"},
     "refusals": {"transformers", "accelerate", ".methods.base"},
-    "trainer_host": {"torch", "transformers", "accelerate", ".host"},
+    "trainer_host": {"torch", "transformers", "accelerate", ".host", ".momentum"},
     # floor 6
     "trainer": {
         *("torch", "numpy", "transformers", "accelerate", "safetensors", "huggingface_hub"),
@@ -73,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     # re-exports only
     "methods": {".methods"},
+    "presets": {".presets"},
     "objectives": {".objectives"},
     "diagnostics": {".diagnostics"},
     "tasks": {".tasks"},
@@ -216,7 +225,7 @@ BROKEN = {
     "a relative import of a module": ("balls", "from . import vector"),
     "a package that is not listed": ("vector", "import scipy.linalg"),
     "after the type checker's branch": ("part", "if TYPE_CHECKING:\n    pass\nelse:\n    import torch"),
-    "a name that only begins alike": ("presets", "from hf_sharp.methods_extra import x"),
+    "a name that only begins alike": ("presets.sam", "from hf_sharp.methods_extra import x"),
     "a module without a line": ("newcomer", ""),
     "a package without a line": ("newcomers.one", ""),
     "numpy by the back door": ("landscape", "import numpy as np"),
@@ -224,10 +233,10 @@ BROKEN = {
 FINE = {
     "standard library": ("part", "import math\nfrom collections.abc import Collection, Iterator"),
     "listed": ("methods.sam", "import torch\nfrom hf_sharp.landscape import Landscape, Evaluation"),
-    "a module from the front door": ("landscape", "from hf_sharp import rows, vector"),
+    "a module from the front door": ("passes", "from hf_sharp import rows, vector"),
     "types only": ("masks", "if TYPE_CHECKING:\n    from hf_sharp.landscape import Landscape"),
     "types only, qualified": ("masks", "import typing\nif typing.TYPE_CHECKING:\n    import transformers"),
-    "the presets' methods": ("presets", "from hf_sharp.methods import SAM\nfrom hf_sharp.methods.sam import SAM"),
+    "the presets' methods": ("presets.sam", "from hf_sharp.methods import SAM\nfrom hf_sharp.methods.sam import SAM"),
     "a method's base": ("methods.sam", "from hf_sharp.methods.base import Method"),
     "re-export": ("", "from hf_sharp.trainer import SharpTrainer as SharpTrainer"),
     "re-export of methods": ("methods", "from hf_sharp.methods.sam import SAM as SAM"),

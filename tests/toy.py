@@ -3,6 +3,7 @@
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.func import functional_call
 
 from hf_sharp.host import Host
 from hf_sharp.landscape import Landscape
@@ -18,6 +19,7 @@ class ToyHost(Host):
     """
 
     total_steps, warmup_steps, lr, lr_max, seed = 10, 2, 0.05, 0.1, 7
+    rank, ranks, autocast = 0, 1, None
 
     def __init__(self, model, frozen=(), scale=1.0):
         self.model, self.step = model, 0
@@ -26,15 +28,21 @@ class ToyHost(Host):
         self.micro_batches = 1
         self.calls = []
 
-    def backward(self, batch, only):
+    def backward(self, batch, only, hook=None):
         self.model.train()
-        loss = self.model(**batch)["loss"] / self.micro_batches
+        outputs = self.model(**batch)
+        loss = outputs["loss"] / self.micro_batches
+        term = None if hook is None else hook(outputs, batch)
+        loss = loss if term is None else loss + term
         (loss * self.loss_scale).backward(inputs=only)
         self.calls.append(len(next(iter(batch.values()))))
         return loss.detach()
 
-    def forward(self, batch):
-        return self.model.train()(**batch)
+    def forward(self, batch, weights=None):
+        return functional_call(self.model.train(), dict(weights or {}), (), batch)
+
+    def momentum(self):
+        return None
 
     def row_backward(self, row):
         assert not self.model.training

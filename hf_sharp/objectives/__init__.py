@@ -1,0 +1,1 @@
+"""Losses and divergences: they know no optimizer and no method."""

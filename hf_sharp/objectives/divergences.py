@@ -1,0 +1,118 @@
+"""Kullback-Leibler divergences between two outputs of a model, over the positions that the loss looks at.
+
+All logarithms are taken in float32 or better. A position is a row for a classifier and a token for labels with one
+integer a token; tokens whose label is -100 do not count, and for causal language models a label belongs to the
+position before it, as in their loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+KINDS = ("forward", "reverse", "symmetric")
+IGNORED = -100
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits among a model's outputs.
+
+    Args:
+        outputs: a dict or an object with `logits`.
+
+    Returns:
+        The logits, classes last.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            "A divergence between outputs needs outputs with one tensor named 'logits', classes last; "
+            f"this model returns {type(outputs).__name__}. Use a method that needs gradients only, such as SAM."
+        )
+    return logits
+
+
+def _marks(batch: Any) -> Tensor | None:
+    """Which positions of the labels count, for labels with one integer a token; else None."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2:
+        return None
+    return labels != IGNORED
+
+
+def positions(batch: Any, shifted: bool) -> Tensor:
+    """How many positions of a micro-batch count.
+
+    Args:
+        batch: the micro-batch, labels under "labels".
+        shifted: whether a label belongs to the position before it.
+
+    Returns:
+        A 0-dim float tensor.
+
+    Raises:
+        ValueError: if the batch is not a dict with a tensor in it.
+    """
+    marks = _marks(batch)
+    if marks is not None:
+        return (marks[..., 1:] if shifted else marks).sum().float()
+    tensors = [t for t in batch.values() if isinstance(t, Tensor) and t.ndim] if isinstance(batch, Mapping) else []
+    if not tensors:
+        raise ValueError("The positions of a batch are counted by its tensors, and this one is not a dict of them.")
+    named = batch.get("labels")
+    rows = (named if isinstance(named, Tensor) and named.ndim else tensors[0]).shape[0]
+    return torch.tensor(float(rows), device=tensors[0].device)
+
+
+def window_positions(batches: Iterable[Any], shifted: bool) -> Tensor:
+    """How many positions of a window count on this rank.
+
+    Args:
+        batches: its micro-batches.
+        shifted: whether a label belongs to the position before it.
+
+    Returns:
+        A 0-dim float tensor.
+    """
+    return torch.stack([positions(batch, shifted) for batch in batches]).sum()
+
+
+def kl_sum(
+    reference: Any, outputs: Any, batch: Any, shifted: bool, kind: str = "forward", temperature: float = 1.0
+) -> Tensor:
+    """The divergence between two outputs, summed over the positions of a micro-batch that count.
+
+    Args:
+        reference: outputs to compare with; no gradient flows into them.
+        outputs: the model's outputs.
+        batch: the micro-batch.
+        shifted: whether a label belongs to the position before it.
+        kind: "forward" KL(reference || outputs), "reverse" KL(outputs || reference), "symmetric" their mean.
+        temperature: divides both logits.
+
+    Returns:
+        A 0-dim tensor in float32 or better.
+    """
+    marks, theirs, ours = _marks(batch), logits_of(reference).detach(), logits_of(outputs)
+    if marks is not None and ours.shape[:-1] == marks.shape:
+        if shifted:
+            marks, theirs, ours = marks[..., 1:], theirs[..., :-1, :], ours[..., :-1, :]
+        theirs, ours = theirs[marks], ours[marks]
+    p, q = (_log_probabilities(x, temperature) for x in (theirs, ours))
+    forward = functional.kl_div(q, p, reduction="sum", log_target=True)
+    if kind == "forward":
+        return forward
+    reverse = functional.kl_div(p, q, reduction="sum", log_target=True)
+    return reverse if kind == "reverse" else (forward + reverse) / 2
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits.float() if logits.dtype.itemsize < 4 else logits
+    return functional.log_softmax(wide / temperature, dim=-1)

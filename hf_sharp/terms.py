@@ -1,0 +1,89 @@
+"""One named term of a window whose batches are dicts of batches, seen by the engine as a host of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_sharp.host import Host
+
+
+class TermHost(Host):
+    """The host, with losses normalised over one term's batches; everything else is the host's own.
+
+    Args:
+        host: the training loop.
+        batches: the term's part of every micro-batch of the window.
+    """
+
+    def __init__(self, host: Host, batches: Sequence[Any]) -> None:
+        self._host = host
+        self._batches = list(batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
+
+    def backward(
+        self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Callable[[Any, Any], Any] | None = None
+    ) -> Tensor:
+        """The host's, normalised over this term's window."""
+        with self._host.window(self._batches):
+            return self._host.backward(batch, only, hook)
+
+    def forward(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
+        """The host's."""
+        return self._host.forward(batch, weights)
+
+    def row_backward(self, row: Any) -> None:
+        """The host's."""
+        self._host.row_backward(row)
+
+    @contextmanager
+    def window(self, batches: Sequence[Any]) -> Iterator[None]:
+        """Another window for this term."""
+        before, self._batches = self._batches, list(batches)
+        try:
+            yield
+        finally:
+            self._batches = before
+
+    def unsynced(self) -> AbstractContextManager[Any]:
+        """The host's."""
+        return self._host.unsynced()
+
+    def refuse_subsets(self, reason: str) -> None:
+        """The host's."""
+        self._host.refuse_subsets(reason)
+
+    def momentum(self) -> dict[str, Tensor] | None:
+        """The host's."""
+        return self._host.momentum()
+
+    def mean_over_ranks(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The host's."""
+        return self._host.mean_over_ranks(tensors)
+
+
+def part_of(batch: Any, term: str) -> Any:
+    """A term's part of a batch.
+
+    Args:
+        batch: a dict of batches.
+        term: the term's name.
+
+    Returns:
+        The batch under that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not isinstance(batch, Mapping) or term not in batch:
+        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"There is no term '{term}' in this batch, which has {keys}. A loss of named terms takes batches like "
+            f"{{'{term}': {{...}}, ...}}, from your data collator with remove_unused_columns=False."
+        )
+    return batch[term]
