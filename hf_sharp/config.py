@@ -12,10 +12,8 @@ from typing import Any
 from hf_sharp import presets, schedules
 from hf_sharp.methods.base import Method
 
-METHODS: dict[str, Callable[..., Method]] = {  # every function of presets.py
-    name: preset
-    for name, preset in vars(presets).items()
-    if inspect.isfunction(preset) and preset.__module__ == presets.__name__
+METHODS: dict[str, Callable[..., Method]] = {  # every function that hf_sharp.presets exports
+    name: preset for name, preset in sorted(vars(presets).items()) if inspect.isfunction(preset)
 }
 SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule | float]] = {
     "constant": lambda rho, end: rho,
@@ -53,16 +51,34 @@ class SharpConfig:
     Args:
         method: name of the preset.
         rho: radius of the perturbation.
-        eta: of the adaptive ball (asam, sam_on) or the Fisher metric (fisher_sam).
+        eta: of the adaptive ball (asam, sam_on, tram) or the Fisher metric (fisher_sam).
         on: which tensors asam adapts to.
         keep: share of the entries that fsam perturbs.
-        every: how many steps fsam uses a mask.
+        every: how many steps fsam uses a mask, looksam a reused part.
         fisher: how fsam estimates the Fisher diagonal.
         scope: over what fsam takes the largest entries.
         outside: what fsam does with biases, embeddings and BatchNorm.
         renormalise: whether fsam's masked perturbation has the full radius.
-        samples: rows for fsam's per-sample Fisher.
+        samples: rows for fsam's per-sample Fisher, draws of randomized_smoothing.
         ball: of sam_on.
+        rho_min: radius of gsam at learning rate zero.
+        alpha: weight of what gsam removes, looksam reuses, gam adds.
+        minimize_fp: which of its two forms gsam has.
+        gamma: weight of the sharpness in wsam.
+        sigma: share of the mean in friendly_sam; noise of tram and randomized_smoothing.
+        lam: old mean kept by friendly_sam; weight of the term that mesa and the penalties add.
+        theta: weight of the present gradient in vasso.
+        reference: what tram compares outputs with.
+        kl: which divergence tram takes.
+        scale: times tram's divergence.
+        max_radius: tram's largest radius.
+        r: length of the differences of gam and the penalties.
+        mu: how far ahead curvature_regularization looks.
+        decay: how much of the old average mesa keeps.
+        temperature: of mesa's divergence.
+        fraction: share of the window for the ascent of sam and its kin.
+        interval: the method at every so many steps only.
+        start: share of training that is plain before.
         rho_schedule: how the radius varies.
         rho_end: the radius at the end of a schedule, or at learning rate zero.
 
@@ -87,6 +103,34 @@ class SharpConfig:
     renormalise: bool | None = field(default=None, metadata={"help": "fsam: give the masked perturbation radius rho."})
     samples: int | None = field(default=None, metadata={"help": "fsam: rows for the per-sample Fisher."})
     ball: str | None = field(default=None, metadata={"help": "sam_on: 'l2' or 'adaptive'."})
+    rho_min: float | None = field(default=None, metadata={"help": "gsam: radius at learning rate zero."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "gsam: part removed; looksam: weight of the reused part; gam: of flatness."}
+    )
+    minimize_fp: bool | None = field(default=None, metadata={"help": "gsam: descend the perturbed loss (default)."})
+    gamma: float | None = field(default=None, metadata={"help": "wsam: weight of the sharpness in [0, 1)."})
+    sigma: float | None = field(
+        default=None, metadata={"help": "friendly_sam: share of the mean; tram, randomized_smoothing: noise."}
+    )
+    lam: float | None = field(
+        default=None, metadata={"help": "friendly_sam: old mean kept; mesa, penalties: weight of the added term."}
+    )
+    theta: float | None = field(default=None, metadata={"help": "vasso: weight of the present gradient."})
+    reference: str | None = field(
+        default=None, metadata={"help": "tram: 'previous', 'pretrained', 'noise' or 'fisher'."}
+    )
+    kl: str | None = field(default=None, metadata={"help": "tram: 'forward', 'reverse' or 'symmetric'."})
+    scale: float | None = field(default=None, metadata={"help": "tram: times the divergence."})
+    max_radius: float | None = field(default=None, metadata={"help": "tram: the radius is at most this."})
+    r: float | None = field(default=None, metadata={"help": "gam, penalties: length of the differences."})
+    mu: float | None = field(default=None, metadata={"help": "curvature_regularization: length of the look ahead."})
+    decay: float | None = field(default=None, metadata={"help": "mesa: share of the old average kept."})
+    temperature: float | None = field(default=None, metadata={"help": "mesa: divides the logits."})
+    fraction: float | None = field(
+        default=None, metadata={"help": "sam and its kin: share of the window for the ascent, in (0, 1]."}
+    )
+    interval: int | None = field(default=None, metadata={"help": "The method at every so many steps only."})
+    start: float | None = field(default=None, metadata={"help": "Share of training that is plain before."})
     rho_schedule: str | None = field(default=None, metadata={"help": f"Radius over time: {', '.join(SCHEDULES)}."})
     rho_end: float | None = field(default=None, metadata={"help": "Last radius of a schedule (default 0)."})
 

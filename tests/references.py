@@ -294,6 +294,7 @@ def trajectory(
     state = {} if state is None else state
     for step in range(steps):
         window = batches[step % len(batches)]
+        state["now"] = {"lr_factor": lr_factor(step), "memory": memory, "window": window, "steps": steps}
         g = rule(lambda v, window=window: window_gradient(loss_fn, v, window), w, layout, state, step, **settings)
         w = optimizer(w, g if max_norm is None else clip(g, max_norm), memory, lr_factor(step))
         path.append(w)

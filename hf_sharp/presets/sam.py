@@ -1,19 +1,16 @@
-"""Methods under the names of the literature; their keywords are the options of `SharpConfig` too."""
+"""SAM and its relatives that differ in where they look: presets named as in the literature."""
 
 from __future__ import annotations
 
 from hf_sharp.balls import AdaptiveBall, Ball, FisherBall, L2Ball
 from hf_sharp.entry_masks import FisherMask
 from hf_sharp.masks import NormLayers
-from hf_sharp.methods.plain import Plain
-from hf_sharp.methods.sam import SAM
+from hf_sharp.methods import SAM, Method, Plain
 from hf_sharp.perturbation import Perturbation
-from hf_sharp.schedules import Schedule
-
-Rho = float | Schedule
+from hf_sharp.presets.timing import Rho, timed
 
 
-def plain() -> Plain:
+def plain() -> Method:
     """Plain training.
 
     Returns:
@@ -22,19 +19,29 @@ def plain() -> Plain:
     return Plain()
 
 
-def sam(rho: Rho = 0.05) -> SAM:
+def sam(rho: Rho = 0.05, fraction: float = 1.0, interval: int = 1, start: float = 0.0) -> Method:
     """Sharpness-aware minimisation (Foret et al., 2021, Eq. 2 with p = 2): e = rho g / ||g||.
 
     Args:
         rho: the radius; the paper's 0.05. BERT-like encoders with AdamW: 0.005 to 0.05; T5: 0.05 to 0.15.
+        fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
+        interval: SAM at every so many steps only, plain training between.
+        start: the share of training that is plain before.
 
     Returns:
         The method, of cost 2.
     """
-    return SAM(Perturbation(rho=rho))
+    return timed(SAM(Perturbation(rho=rho), fraction), interval, start)
 
 
-def asam(rho: Rho = 0.5, eta: float = 0.01, on: str = "weights") -> SAM:
+def asam(
+    rho: Rho = 0.5,
+    eta: float = 0.01,
+    on: str = "weights",
+    fraction: float = 1.0,
+    interval: int = 1,
+    start: float = 0.0,
+) -> Method:
     """Adaptive SAM (Kwon et al., 2021, Eq. 8): e = rho T^2 g / ||T g||, invariant to rescaling of the weights.
 
     Args:
@@ -42,11 +49,14 @@ def asam(rho: Rho = 0.5, eta: float = 0.01, on: str = "weights") -> SAM:
         eta: added to |w| in T.
         on: "weights": T = |w| + eta on tensors named `weight`, 1 elsewhere (the authors' code); "all": everywhere
             (with eta = 0 the variant of davda54/sam).
+        fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
+        interval: SAM at every so many steps only, plain training between.
+        start: the share of training that is plain before.
 
     Returns:
         The method, of cost 2.
     """
-    return SAM(Perturbation(rho=rho, ball=AdaptiveBall(eta=eta, on=on)))
+    return timed(SAM(Perturbation(rho=rho, ball=AdaptiveBall(eta=eta, on=on)), fraction), interval, start)
 
 
 def fsam(
@@ -58,7 +68,10 @@ def fsam(
     outside: str = "always",
     renormalise: bool = False,
     samples: int = 32,
-) -> SAM:
+    fraction: float = 1.0,
+    interval: int = 1,
+    start: float = 0.0,
+) -> Method:
     """FSAM, SAM on a Fisher *mask* (Zhong et al., EMNLP Findings 2022): e = rho m g / ||g||, m the largest Fisher.
 
     Not Fisher-*metric* SAM (Kim et al., 2022: `fisher_sam`), and not Friendly SAM (Li et al., 2024).
@@ -73,6 +86,9 @@ def fsam(
         outside: biases, embeddings and BatchNorm are "always" perturbed (the authors' code) or "never".
         renormalise: True gives the masked perturbation the full radius.
         samples: rows for "per_sample".
+        fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
+        interval: SAM at every so many steps only, plain training between.
+        start: the share of training that is plain before.
 
     Returns:
         The method, of cost 2.
@@ -86,16 +102,21 @@ def fsam(
         outside=outside,
         renormalise=renormalise,
     )
-    return SAM(Perturbation(rho=rho, mask=mask))
+    return timed(SAM(Perturbation(rho=rho, mask=mask), fraction), interval, start)
 
 
-def sam_on(rho: Rho = 0.5, ball: str = "l2", eta: float = 0.01) -> SAM:
+def sam_on(
+    rho: Rho = 0.5, ball: str = "l2", eta: float = 0.01, fraction: float = 1.0, interval: int = 1, start: float = 0.0
+) -> Method:
     """SAM-ON, perturbing normalisation layers only (Mueller et al., 2023): almost no memory, a cheaper ascent.
 
     Args:
         rho: the radius over the subset; larger than SAM's, since the subset is tiny.
         ball: "l2" or "adaptive" (as in ASAM).
         eta: of the adaptive ball.
+        fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
+        interval: SAM at every so many steps only, plain training between.
+        start: the share of training that is plain before.
 
     Returns:
         The method, of cost 2 (measured about 1.8: the ascent skips the other weight gradients where the host allows
@@ -107,17 +128,22 @@ def sam_on(rho: Rho = 0.5, ball: str = "l2", eta: float = 0.01) -> SAM:
     balls: dict[str, Ball] = {"l2": L2Ball(), "adaptive": AdaptiveBall(eta=eta)}
     if ball not in balls:
         raise ValueError(f"ball is one of {tuple(balls)}; got {ball!r}.")
-    return SAM(Perturbation(rho=rho, ball=balls[ball], mask=NormLayers()))
+    return timed(SAM(Perturbation(rho=rho, ball=balls[ball], mask=NormLayers()), fraction), interval, start)
 
 
-def fisher_sam(rho: Rho = 0.1, eta: float = 0.1) -> SAM:
+def fisher_sam(
+    rho: Rho = 0.1, eta: float = 0.1, fraction: float = 1.0, interval: int = 1, start: float = 0.0
+) -> Method:
     """Fisher-*metric* SAM (Kim et al., ICML 2022): e = rho D g / sqrt(g' D g), D = 1 / (1 + eta F).
 
     Args:
         rho: the radius in the Fisher metric.
         eta: weight of the Fisher diagonal F, the squared gradient of the window; 0 gives SAM.
+        fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
+        interval: SAM at every so many steps only, plain training between.
+        start: the share of training that is plain before.
 
     Returns:
         The method, of cost 2.
     """
-    return SAM(Perturbation(rho=rho, ball=FisherBall(eta=eta)))
+    return timed(SAM(Perturbation(rho=rho, ball=FisherBall(eta=eta)), fraction), interval, start)

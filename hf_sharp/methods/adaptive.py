@@ -1,0 +1,81 @@
+"""AE-SAM (Jiang et al., ICLR 2023): the method only where the gradient is unusually long. Cost: about 1.5 with SAM.
+
+    s = ||g||^2;  mu <- decay mu + (1 - decay) s;  var <- decay var + (1 - decay) (s - mu)^2  (first: mu = s, var = 0)
+    the method if s >= mu + c sqrt(var),  c = lam1 t / T + lam2 (1 - t / T)
+
+No official code is known; the formula is as quoted by others. Costs one wait for the device a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_sharp.answers import Evaluation, Opening
+from hf_sharp.methods.base import Method, share
+from hf_sharp.methods.plain import Plain
+
+if TYPE_CHECKING:
+    from hf_sharp.landscape import Landscape
+
+
+@dataclass(frozen=True)
+class Adaptive(Method):
+    """A method at the steps whose gradient is long compared with those before; plain training at the others.
+
+    Args:
+        method: a method whose first evaluation is at the present weights, such as SAM.
+        lam1: the threshold in standard deviations at the end of training.
+        lam2: that at its start.
+        decay: how much of the old statistics a step keeps.
+
+    Example:
+        >>> Adaptive(SAM(Perturbation(rho=0.05))).cost
+        1.5
+    """
+
+    remembers = True
+
+    method: Method
+    lam1: float = -1.0
+    lam2: float = 1.0
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise ValueError(f"method is a Method, such as SAM(Perturbation(rho=0.05)); got {self.method!r}.")
+        share(self.decay, "decay", "how much of the old statistics is kept", zero=True)
+        if type(self.method).start not in (Method.start, Plain.start) and self.method.cost < 2:
+            raise ValueError(f"{self.method!r} looks elsewhere before any gradient is known; Adaptive decides by one.")
+
+    @property
+    def cost(self) -> float:
+        """About half the steps use the method; the data decide."""
+        return 1 + 0.5 * (self.method.cost - 1)
+
+    def start(self, landscape: Landscape) -> Opening:
+        """The whole gradient at the present weights, since its length decides."""
+        del landscape
+        return Opening()
+
+    def gradient(self, landscape: Landscape) -> Evaluation:
+        """The method's gradient, or the one that is there already.
+
+        Returns:
+            The evaluation.
+
+        Raises:
+            ValueError: if the length of training is not known.
+        """
+        if landscape.total_steps is None:
+            raise ValueError("Adaptive needs the number of training steps, which is not known here: set max_steps.")
+        squared = float((landscape.first.grad.norm() / landscape.loss_scale).square())
+        mu, var = squared, 0.0
+        if self._state:
+            mu = self.decay * self._state["mu"] + (1 - self.decay) * squared
+            var = self.decay * self._state["var"] + (1 - self.decay) * (squared - mu) * (squared - mu)
+        self._state.update(mu=mu, var=var)
+        done = landscape.step / landscape.total_steps
+        threshold = mu + (self.lam1 * done + self.lam2 * (1 - done)) * math.sqrt(var)
+        return self.method.gradient(landscape) if squared >= threshold else landscape.evaluate()

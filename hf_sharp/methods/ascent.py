@@ -1,0 +1,70 @@
+"""The two-pass family: descend the gradient at one shifted point. Members differ in the direction of the ascent."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_sharp.answers import Evaluation, Opening
+from hf_sharp.methods.base import Method, share
+from hf_sharp.perturbation import Perturbation
+from hf_sharp.vector import ParamVector
+
+if TYPE_CHECKING:
+    from hf_sharp.landscape import Landscape
+
+
+@dataclass(frozen=True)
+class Ascent(Method):
+    """e = perturbation of a direction; descend grad L(w + e).
+
+    Args:
+        perturbation: where the second evaluation is taken.
+        fraction: the share of the window that the ascent gradient is taken on (Bahri et al., 2022). Below 1 a step
+            costs 1 + fraction, and its logged loss is that of the shifted weights, the only one taken over the window.
+    """
+
+    perturbation: Perturbation
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.perturbation, Perturbation):
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} takes a Perturbation, such as Perturbation(rho=0.05); got {self.perturbation!r}."
+            )
+        share(self.fraction, "fraction", "the share of the window for the ascent")
+
+    @property
+    def cost(self) -> float:
+        """Two evaluations, the first on a fraction; an ascent for some parameters alone counts as one too."""
+        return 1.0 + self.fraction
+
+    @abstractmethod
+    def direction(self, gradient: ParamVector, landscape: Landscape) -> ParamVector:
+        """The direction of the ascent.
+
+        Args:
+            gradient: the ascent gradient, loss-scaled and given up: it may be changed in place.
+            landscape: where this is.
+
+        Returns:
+            The vector that the perturbation follows.
+        """
+
+    def start(self, landscape: Landscape) -> Opening:
+        """The ascent needs the gradient only where it moves; on a fraction, it comes before the host's own pass."""
+        names = self.perturbation.names(landscape)
+        if self.fraction == 1:
+            return Opening(only=names)
+        part = landscape.evaluate(self.fraction, only=names)
+        return Opening(shift=self.perturbation(self.direction(part.take(), landscape), landscape))
+
+    def gradient(self, landscape: Landscape) -> Evaluation:
+        """The gradient at w + e; the ascent gradient becomes e in place and is gone before the second evaluation."""
+        if self.fraction < 1:
+            return landscape.evaluate()  # the first one, which `start` has shifted
+        here = landscape.evaluate(only=landscape.opening.only)
+        with landscape.shifted(self.perturbation(self.direction(here.take(), landscape), landscape)):
+            return landscape.evaluate()

@@ -1,0 +1,69 @@
+"""MESA (Du et al., NeurIPS 2022): stay near the outputs of the averaged weights, SAM for a forward. Cost: 4/3.
+
+    L + lam T^2 KL(softmax(teacher / T) || softmax(model / T)),  teacher weights <- decay teacher + (1 - decay) w
+
+The mean is over the positions that the loss looks at. The logged loss holds the added term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hf_sharp.answers import Evaluation, Opening
+from hf_sharp.methods.base import Method, at_least, positive, share
+from hf_sharp.objectives.divergences import kl_sum, window_positions
+from hf_sharp.vector import ParamVector
+
+if TYPE_CHECKING:
+    from hf_sharp.landscape import Landscape
+
+
+@dataclass(frozen=True)
+class MESA(Method):
+    """The gradient of the loss plus a trajectory loss towards a running mean of the weights.
+
+    Args:
+        lam: weight of the trajectory loss; 0 gives plain training. The paper starts it after some epochs: `After`.
+        decay: how much of the old mean a step keeps.
+        temperature: T.
+
+    Example:
+        >>> MESA(lam=0.8).cost
+        1.3333333333333333
+    """
+
+    remembers = True
+
+    lam: float = 0.8
+    decay: float = 0.999
+    temperature: float = 5.0
+
+    def __post_init__(self) -> None:
+        at_least(self.lam, "lam")
+        share(self.decay, "decay", "how much of the old mean is kept", zero=True)
+        positive(self.temperature, "temperature")
+
+    @property
+    def cost(self) -> float:
+        """One evaluation and the teacher's forward, which counts as a third."""
+        return 1.0 + 1 / 3
+
+    def start(self, landscape: Landscape) -> Opening:
+        """The teacher takes in the present weights; its term belongs to the first evaluation."""
+        old, here = self._state.get("teacher"), landscape.weights
+        new = here.scale(1.0) if old is None else here.scale(1 - self.decay).add_(landscape.vector(old), self.decay)
+        self._state["teacher"] = landscape.named(new)
+        count = landscape.over_ranks(window_positions(landscape.batches, landscape.shifts_labels))
+        return Opening(add=lambda outputs, batch: self._term(outputs, batch, landscape, new, count))
+
+    def gradient(self, landscape: Landscape) -> Evaluation:
+        """The first evaluation, which `start` gave the term."""
+        return landscape.evaluate()
+
+    def _term(self, outputs: Any, batch: Any, landscape: Landscape, teacher: ParamVector, count: Tensor) -> Tensor:
+        reference = landscape.look(batch, teacher)
+        summed = kl_sum(reference, outputs, batch, landscape.shifts_labels, temperature=self.temperature)
+        return self.lam * self.temperature**2 * summed / count.to(summed.device).clamp_min(1)

@@ -1,0 +1,74 @@
+"""A loss of named terms with a method for each: smoothing where it is wanted, plain gradients elsewhere.
+
+    descend sum_k weight_k method_k(L_k)
+
+A batch is a dict of batches, {"forget": {...}, "retain": {...}}; the loss of a term is the host's loss of its part,
+normalised over that term's rows or tokens in the window. Cost: the mean of the terms' costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_sharp.answers import Evaluation, Opening
+from hf_sharp.methods.base import Method, at_least
+
+if TYPE_CHECKING:
+    from hf_sharp.landscape import Landscape
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Sum(Method):
+    """The weighted sum of the gradients that each term's method gives.
+
+    Args:
+        weights: the terms' weights, 1 where it has none.
+        **methods: a method for each term of the batch, by its name.
+
+    Example:
+        >>> Sum(forget=SAM(Perturbation(rho=0.01)), retain=Plain(), weights={"retain": 2.0}).cost
+        1.5
+    """
+
+    methods: dict[str, Method]
+    weights: dict[str, float]
+
+    def __init__(self, weights: Mapping[str, float] | None = None, **methods: Method) -> None:
+        if not methods or not all(isinstance(m, Method) for m in methods.values()):
+            raise ValueError(
+                f"Sum takes a method for each term, such as forget=SAM(...), retain=Plain(); got {methods}."
+            )
+        foreign = sorted(set(weights or {}) - set(methods))
+        if foreign:
+            raise ValueError(f"weights names {', '.join(foreign)}, and the terms are {', '.join(methods)}.")
+        for name, weight in (weights or {}).items():
+            at_least(weight, f"weights['{name}']")
+        object.__setattr__(self, "methods", dict(methods))
+        object.__setattr__(self, "weights", {name: float((weights or {}).get(name, 1.0)) for name in methods})
+        object.__setattr__(self, "_state", {})
+
+    def __repr__(self) -> str:
+        terms = ", ".join(f"{name}={method!r}" for name, method in self.methods.items())
+        return f"Sum({terms}, weights={self.weights!r})"
+
+    @property
+    def cost(self) -> float:
+        """The mean over the terms, taken to be of equal size."""
+        return sum(method.cost for method in self.methods.values()) / len(self.methods)
+
+    def start(self, landscape: Landscape) -> Opening:
+        """Each term's own opening."""
+        for name, method in self.methods.items():
+            landscape[name].opening = method.start(landscape[name])
+        return Opening(terms=self.weights)
+
+    def gradient(self, landscape: Landscape) -> Evaluation:
+        """Term by term, added up in the memory of the first."""
+        answers = [(self.methods[name].gradient(landscape[name]), weight) for name, weight in self.weights.items()]
+        (first, weight), *others = answers
+        loss, grad = first.loss * weight, first.take().scale_(weight)
+        for other, weight in others:
+            loss, grad = loss + other.loss * weight, grad.add_(other.take(), weight)
+        return Evaluation(loss, grad)

@@ -1,0 +1,21 @@
+"""Methods under the names of the literature; their keywords are the options of `SharpConfig` too."""
+
+from hf_sharp.presets.cheap import looksam as looksam
+from hf_sharp.presets.cheap import mesa as mesa
+from hf_sharp.presets.cheap import msam as msam
+from hf_sharp.presets.cheap import previous_gradient_sam as previous_gradient_sam
+from hf_sharp.presets.penalties import curvature_regularization as curvature_regularization
+from hf_sharp.presets.penalties import gradient_penalty as gradient_penalty
+from hf_sharp.presets.penalties import randomized_smoothing as randomized_smoothing
+from hf_sharp.presets.sam import asam as asam
+from hf_sharp.presets.sam import fisher_sam as fisher_sam
+from hf_sharp.presets.sam import fsam as fsam
+from hf_sharp.presets.sam import plain as plain
+from hf_sharp.presets.sam import sam as sam
+from hf_sharp.presets.sam import sam_on as sam_on
+from hf_sharp.presets.two_pass import friendly_sam as friendly_sam
+from hf_sharp.presets.two_pass import gam as gam
+from hf_sharp.presets.two_pass import gsam as gsam
+from hf_sharp.presets.two_pass import tram as tram
+from hf_sharp.presets.two_pass import vasso as vasso
+from hf_sharp.presets.two_pass import wsam as wsam
