@@ -2,10 +2,12 @@
 # constraints.txt. The set-up runs again only when pyproject.toml or constraints.txt has changed.
 #
 #   make quickstart [ARGS="--method sam"]    make test [ARGS="-k sam"]    make lint    make format    make bench
+# Tests run in two processes; JOBS=0 runs them in one, which a debugger needs.
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -17,7 +19,7 @@ SOURCES := $(wildcard hf_sharp recipes benchmarks tests)
 .PHONY: help setup quickstart test lint format bench clean
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -35,7 +37,7 @@ quickstart: $(STAMP)
 test: export HF_HUB_OFFLINE = 1
 test: export HF_DATASETS_OFFLINE = 1
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check $(SOURCES)

@@ -15,6 +15,7 @@ from hf_sharp.methods import GAM as GAM
 from hf_sharp.methods import GSAM as GSAM
 from hf_sharp.methods import MESA as MESA
 from hf_sharp.methods import MSAM as MSAM
+from hf_sharp.methods import SAF as SAF
 from hf_sharp.methods import SAM as SAM
 from hf_sharp.methods import TRAM as TRAM
 from hf_sharp.methods import WSAM as WSAM
@@ -48,6 +49,7 @@ from hf_sharp.presets import msam as msam
 from hf_sharp.presets import plain as plain
 from hf_sharp.presets import previous_gradient_sam as previous_gradient_sam
 from hf_sharp.presets import randomized_smoothing as randomized_smoothing
+from hf_sharp.presets import saf as saf
 from hf_sharp.presets import sam as sam
 from hf_sharp.presets import sam_on as sam_on
 from hf_sharp.presets import tram as tram

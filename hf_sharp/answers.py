@@ -47,8 +47,8 @@ class Evaluation:
             The gradient.
         """
         grad = self.grad
-        self._grad, grad.given_up = None, True
-        return grad
+        self._grad = None
+        return grad.give_up()
 
     def with_grad(self, grad: ParamVector) -> Evaluation:
         """The same loss with another gradient.

@@ -75,7 +75,8 @@ class SharpConfig:
         r: length of the differences of gam and the penalties.
         mu: how far ahead curvature_regularization looks.
         decay: how much of the old average mesa keeps.
-        temperature: of mesa's divergence.
+        temperature: of mesa's and saf's divergence.
+        lag: how many visits ago saf looks.
         fraction: share of the window for the ascent of sam and its kin.
         interval: the method at every so many steps only.
         start: share of training that is plain before.
@@ -113,7 +114,7 @@ class SharpConfig:
         default=None, metadata={"help": "friendly_sam: share of the mean; tram, randomized_smoothing: noise."}
     )
     lam: float | None = field(
-        default=None, metadata={"help": "friendly_sam: old mean kept; mesa, penalties: weight of the added term."}
+        default=None, metadata={"help": "friendly_sam: old mean kept; mesa, saf, penalties: weight of the term."}
     )
     theta: float | None = field(default=None, metadata={"help": "vasso: weight of the present gradient."})
     reference: str | None = field(
@@ -125,7 +126,8 @@ class SharpConfig:
     r: float | None = field(default=None, metadata={"help": "gam, penalties: length of the differences."})
     mu: float | None = field(default=None, metadata={"help": "curvature_regularization: length of the look ahead."})
     decay: float | None = field(default=None, metadata={"help": "mesa: share of the old average kept."})
-    temperature: float | None = field(default=None, metadata={"help": "mesa: divides the logits."})
+    temperature: float | None = field(default=None, metadata={"help": "mesa, saf: divides the logits."})
+    lag: int | None = field(default=None, metadata={"help": "saf: with the outputs of how many visits ago."})
     fraction: float | None = field(
         default=None, metadata={"help": "sam and its kin: share of the window for the ascent, in (0, 1]."}
     )

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sharp.answers import Evaluation, Hook, Names
+from hf_sharp.answers import Evaluation, Hook, Names, Opening
 from hf_sharp.host import Host
 from hf_sharp.passes import Passes
 from hf_sharp.shift import Pool, displaced, realised, seen
@@ -96,6 +96,13 @@ class Landscape(Passes):
             losses.append(weight * self[term]._first_pass_apart(part_of(batch, term)))
         return total(losses)
 
+    def close(self) -> None:
+        """Let go of the window and of what the method asked for, which refers back to this landscape."""
+        self.opening, self.batches = Opening(), []
+        for landscape in self._terms.values():
+            landscape.close()
+        self._terms = {}
+
     def measured(self) -> dict[str, Tensor | float]:
         """What this step measured.
 
@@ -114,8 +121,8 @@ class Landscape(Passes):
     def shifted(self, epsilon: ParamVector) -> Iterator[None]:
         """While open, the weights are shifted by epsilon; afterwards they are bitwise what they were.
 
-        Only what epsilon has tensors for is copied and moved. Epsilon is not kept: if the caller keeps none either,
-        its memory is free during the evaluations inside.
+        Only what epsilon has tensors for is copied and moved. Epsilon is not kept: if the caller keeps none either, or
+        has given it up, its memory is free during the evaluations inside.
 
         Args:
             epsilon: the perturbation.
@@ -125,6 +132,8 @@ class Landscape(Passes):
         """
         where = [index for index, step in enumerate(epsilon.tensors) if step is not None]
         weights, steps = self._at(where), epsilon.present()
+        if epsilon.given_up:
+            epsilon.tensors = [None] * len(epsilon.tensors)
         del epsilon
         with displaced(weights, self._pool) as saved:
             with torch.no_grad():

@@ -7,7 +7,7 @@ first, micro-batch by micro-batch, and leaves streams and buffers alone. Afterwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -194,6 +194,24 @@ class Passes(Facts):
         """
         counts = [rows.count(batch) for batch in self.batches[: self._current + 1]]
         return sum(counts[:-1]) * self.host.ranks + counts[-1] * self.host.rank
+
+    def sample_index(self) -> list[int]:
+        """The numbers of the rows of the micro-batch being evaluated.
+
+        Returns:
+            The column `sample_index` of the batch.
+
+        Raises:
+            ValueError: if the batch has none.
+        """
+        batch = self.batches[self._current]
+        numbers = batch.get(rows.SAMPLE_INDEX) if isinstance(batch, Mapping) else None
+        if numbers is None:
+            raise ValueError(
+                f"This method knows samples again by a column '{rows.SAMPLE_INDEX}' of the training data, which is "
+                f"missing: dataset.add_column('{rows.SAMPLE_INDEX}', list(range(len(dataset))))."
+            )
+        return [int(number) for number in numbers]
 
     def clean(self) -> None:
         """Drop all gradients, as before an evaluation or after a step that failed."""

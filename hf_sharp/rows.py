@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+SAMPLE_INDEX = "sample_index"  # the column that numbers the rows of a data set, for methods that know them again
+
 
 def count(batch: Any) -> int:
     """The number of rows of a micro-batch: the first dimension that most of its tensors share.

@@ -87,6 +87,7 @@ class Stepper:
         self._before = {}
         if landscape.measuring:
             self.metrics = landscape.measured()
+        landscape.close()
         self._batches, self._next, self._landscape = [], 0, None
 
     def alone(self, batch: Any, measuring: bool = False) -> Tensor:
@@ -113,4 +114,5 @@ class Stepper:
     def _abandon(self) -> None:
         if self._landscape is not None:
             self._landscape.clean()
+            self._landscape.close()
         self.expect([])

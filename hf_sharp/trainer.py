@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from hf_sharp.config import MethodLike, read_method, read_record
 from hf_sharp.landscape import Landscape
 from hf_sharp.refusals import refuse
+from hf_sharp.rows import SAMPLE_INDEX
 from hf_sharp.stepper import Stepper
 from hf_sharp.trainer_host import TrainerHost
 
@@ -84,6 +86,19 @@ class SharpMixin:
         if not stepper.expects_more:
             return stepper.alone(inputs, measuring)
         return stepper.micro_batch(inputs, self.accelerator.sync_gradients, measuring)  # pyright: ignore
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The Trainer's, without the rows' numbers, which are for the method and not for the model."""
+        if self.method is not None and isinstance(inputs, Mapping) and SAMPLE_INDEX in inputs:
+            inputs = {key: value for key, value in inputs.items() if key != SAMPLE_INDEX}
+        return super()._prepare_inputs(inputs)  # pyright: ignore
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The Trainer's, keeping the column with the rows' numbers."""
+        super()._set_signature_columns_if_needed()  # pyright: ignore
+        columns = self._signature_columns  # pyright: ignore
+        if self.method is not None and SAMPLE_INDEX not in columns:
+            columns.append(SAMPLE_INDEX)
 
     def _logs_next_step(self) -> bool:
         """Whether the step being made will be logged, as the Trainer's default flow decides it."""

@@ -136,6 +136,15 @@ class ParamVector:
         copy.fresh = self.fresh
         return copy
 
+    def give_up(self) -> ParamVector:
+        """Say that this vector is needed no more: whoever receives it may change it, and frees its memory.
+
+        Returns:
+            This vector.
+        """
+        self.given_up = True
+        return self
+
     def map(self, function: Callable[[Tensor], Tensor]) -> ParamVector:
         """The vector of `function(t)` for each tensor there is.
 

@@ -30,6 +30,7 @@ from hf_sharp import (
     msam,
     previous_gradient_sam,
     randomized_smoothing,
+    saf,
     sam,
     sam_on,
     tram,
@@ -54,6 +55,7 @@ class Case:
         moves: whether the weights are shifted.
         tolerance: of weights after five steps; larger where differences of gradients are taken.
         steps: a period, over which the passes are counted.
+        visits: whether it knows samples again: the data are then few rows with numbers, seen often.
         spread: by how much the mean number of passes may differ from the cost, where chance or data decide.
     """
 
@@ -64,6 +66,7 @@ class Case:
     tolerance: float = 1e-10
     steps: int = 6
     spread: float = 0.0
+    visits: bool = False
 
 
 def row(make: Callable[..., Method], rule: Callable[..., Any], rho: float, **settings: Any) -> Case:
@@ -169,6 +172,13 @@ METHODS = {
         family_outputs.mesa,
         {"logits_fn": LOGITS, "lam": 2.0, "decay": 0.7, "temperature": 2.0},
         moves=False,
+    ),
+    "saf": Case(
+        lambda strength=1.0: saf(lam=3.0 * strength, lag=1, temperature=2.0),
+        family_outputs.saf,
+        {"logits_fn": LOGITS, "lam": 3.0, "lag": 1, "temperature": 2.0},
+        moves=False,
+        visits=True,
     ),
     "every": Case(
         lambda strength=1.0: Every(2, vasso(0.05 * strength, theta=0.5)),

@@ -13,6 +13,15 @@ from hf_sharp import Landscape, SharpTrainer
 from models import mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
 from references import adamw, entrywise, functional, linear_decay, sgd, trajectory
 
+
+def data(name, rows):
+    """The rows that a method is trained on: as they are, or a few of them again and again, with their numbers."""
+    if not METHODS[name].visits:
+        return rows
+    few = rows[:8]
+    return [{**few[i % 8], "sample_index": torch.tensor(i % 8)} for i in range(len(rows))]
+
+
 every_method = pytest.mark.parametrize("name", METHODS)
 every_moving = pytest.mark.parametrize("name", MOVING)
 
@@ -63,7 +72,12 @@ def test_an_exception_in_a_shifted_pass_leaves_nothing_behind(name, error, tmp_p
     def prepared():
         settings = {"gradient_accumulation_steps": 2, "max_steps": 4, "optim": "adamw_torch"}
         return build(
-            SharpTrainer, tiny_mlp(dropout=0.3), mlp_rows(40), tmp_path, method=METHODS[name].method(), **settings
+            SharpTrainer,
+            tiny_mlp(dropout=0.3),
+            data(name, mlp_rows(40)),
+            tmp_path,
+            method=METHODS[name].method(),
+            **settings,
         )
 
     probe = Probe(prepared())
@@ -89,22 +103,24 @@ def test_an_exception_in_a_shifted_pass_leaves_nothing_behind(name, error, tmp_p
 @every_method
 @pytest.mark.parametrize("accumulate, logging_steps", list(itertools.product((1, 4), (1, 5))))
 def test_strength_zero_is_the_trainer_bitwise(name, accumulate, logging_steps, tmp_path):
-    w, stream, logs = of_six_steps(Trainer, accumulate, logging_steps, tmp_path)
+    w, stream, logs = of_six_steps(name, accumulate, logging_steps, tmp_path)
     options = {"method": METHODS[name].method(0.0)}
-    our_w, our_stream, our_logs = six_steps(SharpTrainer, accumulate, logging_steps, tmp_path, **options)
+    our_w, our_stream, our_logs = six_steps(
+        SharpTrainer, data(name, text_rows(64)), accumulate, logging_steps, tmp_path, **options
+    )
     assert torch.equal(our_w, w) and torch.equal(our_stream, stream) and our_logs == logs
 
 
-def six_steps(cls, accumulate, logging_steps, folder, **options):
+def six_steps(cls, rows, accumulate, logging_steps, folder, **options):
     steps = {"gradient_accumulation_steps": accumulate, "logging_steps": logging_steps, "max_steps": 6}
-    trainer = train(cls, bert(), text_rows(64), folder, per_device_train_batch_size=2, **steps, **options)
+    trainer = train(cls, bert(), rows, folder, per_device_train_batch_size=2, **steps, **options)
     return weights(trainer), torch.get_rng_state(), exact_logs(trainer)
 
 
-def of_six_steps(cls, accumulate, logging_steps, folder, known={}):  # noqa: B006  one baseline for all methods
-    key = (accumulate, logging_steps)
+def of_six_steps(name, accumulate, logging_steps, folder, known={}):  # noqa: B006  one baseline for all methods
+    key = (METHODS[name].visits, accumulate, logging_steps)
     if key not in known:
-        known[key] = six_steps(cls, accumulate, logging_steps, folder)
+        known[key] = six_steps(Trainer, data(name, text_rows(64)), accumulate, logging_steps, folder)
     return known[key]
 
 
@@ -144,8 +160,12 @@ def optimizer_and_reference(kind, groups, model, layout):
 @every_method
 @pytest.mark.parametrize("kind, groups", list(itertools.product(("sgd", "adamw"), (1, 2))))
 def test_five_steps_are_the_references(name, kind, groups, tmp_path):
-    case, model, rows = METHODS[name], tiny_mlp(seed=1), mlp_rows(40)
-    w0, layout, loss_fn = functional(model)
+    case, model, rows = METHODS[name], tiny_mlp(seed=1), data(name, mlp_rows(40))
+    w0, layout, loss_of = functional(model)
+
+    def loss_fn(w, batch):
+        return loss_of(w, {key: value for key, value in batch.items() if key != "sample_index"})
+
     optimizer, reference = optimizer_and_reference(kind, groups, model, layout)
     path = []
     train(
@@ -226,7 +246,7 @@ def patched(optimizer, method):
 def scaled_run(name, scale, tmp_path, **hooks):
     model = tiny_mlp(seed=1)
     settings = {"method": METHODS[name].method(), "optimizers": (momentum_sgd(model), None), **hooks}
-    trainer = build(SharpTrainer, model, mlp_rows(40), tmp_path, **settings)
+    trainer = build(SharpTrainer, model, data(name, mlp_rows(40)), tmp_path, **settings)
     scaler = Scaled(scale)(trainer)
     trainer.train()
     return trainer, scaler
@@ -242,7 +262,7 @@ def test_the_loss_scale_does_not_change_the_trajectory(name, tmp_path):
     many, scaler = scaled_run(name, 2.0**16, tmp_path)
     model = tiny_mlp(seed=1)
     settings = {"method": METHODS[name].method(), "optimizers": (momentum_sgd(model), None)}
-    unscaled = train(SharpTrainer, model, mlp_rows(40), tmp_path, **settings)
+    unscaled = train(SharpTrainer, model, data(name, mlp_rows(40)), tmp_path, **settings)
     assert scaler.get_scale() == 2.0**16
     torch.testing.assert_close(weights(many), weights(one), rtol=0, atol=1e-12)
     torch.testing.assert_close(weights(many), weights(unscaled), rtol=0, atol=1e-12)
@@ -259,7 +279,16 @@ def test_windows_of_8x1_4x2_and_2x4_agree(name, tmp_path):
     for micro, accumulate in ((8, 1), (4, 2), (2, 4)):
         sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulate}
         runs.append(
-            weights(train(SharpTrainer, tiny_mlp(), mlp_rows(40), tmp_path, method=METHODS[name].method(), **sizes))
+            weights(
+                train(
+                    SharpTrainer,
+                    tiny_mlp(),
+                    data(name, mlp_rows(40)),
+                    tmp_path,
+                    method=METHODS[name].method(),
+                    **sizes,
+                )
+            )
         )
     for other in runs[1:]:
         torch.testing.assert_close(other, runs[0], rtol=0, atol=1e-12)
@@ -272,9 +301,13 @@ def test_windows_of_8x1_4x2_and_2x4_agree(name, tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one_bitwise(name, tmp_path):
     settings = {"max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 3, "save_strategy": "steps"}
     settings |= {"train_sampling_strategy": "random", "per_device_train_batch_size": 2}
-    whole = train(SharpTrainer, bert(), text_rows(24), tmp_path / "a", method=METHODS[name].method(), **settings)
+    whole = train(
+        SharpTrainer, bert(), data(name, text_rows(24)), tmp_path / "a", method=METHODS[name].method(), **settings
+    )
     torch.manual_seed(99)
-    again = build(SharpTrainer, bert(), text_rows(24), tmp_path / "a", method=METHODS[name].method(), **settings)
+    again = build(
+        SharpTrainer, bert(), data(name, text_rows(24)), tmp_path / "a", method=METHODS[name].method(), **settings
+    )
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert torch.equal(weights(again), weights(whole))
     assert same_state(again.method.state_dict(), whole.method.state_dict())
@@ -295,7 +328,7 @@ def test_passes_are_what_the_cost_declares(name, accumulate, tmp_path):
 
     model.register_forward_pre_hook(count, with_kwargs=True)
     settings = {"max_steps": case.steps, "gradient_accumulation_steps": accumulate}
-    trainer = train(SharpTrainer, model, mlp_rows(80), tmp_path, method=case.method(), **settings)
+    trainer = train(SharpTrainer, model, data(name, mlp_rows(80)), tmp_path, method=case.method(), **settings)
     made = sum(passes) / accumulate / case.steps
     assert made == pytest.approx(trainer.method.cost, rel=1e-9, abs=case.spread)
     logged = [line["sharp_evaluations"] for line in trainer.state.log_history if "sharp_evaluations" in line]
@@ -312,7 +345,7 @@ def test_what_moves_is_what_the_start_announces(name, tmp_path, monkeypatch):
         return shifted(landscape, epsilon)
 
     monkeypatch.setattr(Landscape, "shifted", watched)
-    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(40), tmp_path, method=METHODS[name].method())
+    trainer = train(SharpTrainer, tiny_mlp(), data(name, mlp_rows(40)), tmp_path, method=METHODS[name].method())
     assert moved == set(trainer.method.moved(Landscape(trainer._sharp_host)))
     assert bool(moved) == METHODS[name].moves
 
@@ -330,7 +363,12 @@ def test_frozen_and_unused_parameters_keep_no_gradient(name, tmp_path):
         seen.append({n for n, p in model.named_parameters() if p.grad is None})
 
     train(
-        SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), callbacks=[Recorder(before=look)]
+        SharpTrainer,
+        model,
+        data(name, mlp_rows(40)),
+        tmp_path,
+        method=METHODS[name].method(),
+        callbacks=[Recorder(before=look)],
     )
     assert seen == [{"embed.weight", "spare.weight"}] * 5
     assert torch.equal(model.embed.weight, frozen)
@@ -354,7 +392,7 @@ def test_batch_norm_moves_once_with_the_hosts_own_pass(name, momentum, tmp_path)
 
     model.register_forward_pre_hook(look, with_kwargs=True)
     settings = {"max_steps": 1, "gradient_accumulation_steps": 3, "learning_rate": 0.0}
-    train(SharpTrainer, model, mlp_rows(12), tmp_path, method=METHODS[name].method(), **settings)
+    train(SharpTrainer, model, data(name, mlp_rows(12)), tmp_path, method=METHODS[name].method(), **settings)
     assert model.norm.num_batches_tracked == 3
 
     def replayed(passes):
@@ -387,7 +425,12 @@ def test_a_zero_gradient_gives_no_nan(name, tmp_path):
         return 0.0 * outputs["logits"].sum()
 
     trainer = train(
-        SharpTrainer, model, mlp_rows(40), tmp_path, method=METHODS[name].method(), compute_loss_func=nothing
+        SharpTrainer,
+        model,
+        data(name, mlp_rows(40)),
+        tmp_path,
+        method=METHODS[name].method(),
+        compute_loss_func=nothing,
     )
     assert torch.isfinite(weights(trainer)).all()
     values = [v for line in trainer.state.log_history for k, v in line.items() if k.startswith("sharp_")]
@@ -400,7 +443,7 @@ def test_an_infinite_gradient_in_any_pass_skips_the_step_and_loses_nothing(name,
     which = min(which, passes_in_two_steps(name, tmp_path))
     model, calls, when = tiny_mlp(seed=1), [], []
     settings = {"method": METHODS[name].method(), "optimizers": (momentum_sgd(model), None), "max_steps": 2}
-    trainer = build(SharpTrainer, model, mlp_rows(40), tmp_path, **settings)
+    trainer = build(SharpTrainer, model, data(name, mlp_rows(40)), tmp_path, **settings)
     scaler = Scaled(2.0**10)(trainer)
 
     def explode(outputs, labels, num_items_in_batch=None):
@@ -439,7 +482,7 @@ def passes_in_two_steps(name, folder):
 
     model = tiny_mlp(seed=1)
     settings = {"method": METHODS[name].method(), "compute_loss_func": count, "max_steps": 2}
-    train(SharpTrainer, model, mlp_rows(40), folder, optimizers=(momentum_sgd(model), None), **settings)
+    train(SharpTrainer, model, data(name, mlp_rows(40)), folder, optimizers=(momentum_sgd(model), None), **settings)
     return len(calls)
 
 

@@ -46,10 +46,10 @@ ALLOWED: dict[str, set[str]] = {
     # floor 3
     "perturbation": {"torch", ".balls", ".masks", ".schedules", ".vector", ".part"},
     # floor 4
-    "methods.base": {"torch", ".landscape", ".answers", ".vector", ".part"},
+    "methods.base": {"torch", ".landscape", ".answers", ".vector", ".part", ".perturbation"},
     "methods.*": {
         *("torch", ".landscape", ".answers", ".perturbation", ".part", ".vector"),
-        *(".methods", ".objectives", ".references", ".noise", ".balls"),
+        *(".methods.base", ".methods.ascent", ".objectives", ".references", ".noise", ".balls", ".rows", ".schedules"),
     },
     "diagnostics.*": {"torch", ".landscape", ".perturbation", ".vector"},
     # floor 5
@@ -69,6 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         *("torch", "numpy", "transformers", "accelerate", "safetensors", "huggingface_hub"),
         *(
             ".config",
+            ".rows",
             ".refusals",
             ".stepper",
             ".trainer_host",

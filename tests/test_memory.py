@@ -10,7 +10,24 @@ from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerCallback
 
 from doors import build
-from hf_sharp import SharpTrainer, asam, fisher_sam, fsam, sam, sam_on
+from hf_sharp import (
+    SharpTrainer,
+    asam,
+    fisher_sam,
+    friendly_sam,
+    fsam,
+    gam,
+    gradient_penalty,
+    gsam,
+    looksam,
+    mesa,
+    msam,
+    randomized_smoothing,
+    sam,
+    sam_on,
+    vasso,
+    wsam,
+)
 from models import text_rows, tiny_bert
 
 
@@ -77,8 +94,24 @@ PART = 65_536 / 446_659  # temporaries are parts of a tensor; in copies of this 
 
 @pytest.mark.parametrize(
     "method, bar",
-    [(sam(), 1.02), (fsam(), 1.27), (asam(), 1.02 + 6 * PART), (fisher_sam(), 1.02 + 6 * PART), (sam_on(), 0.02)],
-    ids=["sam", "fsam", "asam", "fisher_sam", "sam_on"],
+    [
+        (sam(), 1.02),
+        (fsam(), 1.27),
+        (asam(), 1.02 + 6 * PART),
+        (fisher_sam(), 1.02 + 6 * PART),
+        (sam_on(), 0.02),
+        (msam(), 1.02),
+        (looksam(every=3), 2.02 + 2 * PART),
+        (gsam(), 2.02 + 2 * PART),
+        (wsam(), 2.02),
+        (friendly_sam(), 3.02),
+        (vasso(), 3.02),
+        (gam(), 3.02),
+        (mesa(), 2.02),
+        (gradient_penalty(), 2.02),
+        (randomized_smoothing(), 2.02),
+    ],
+    ids=lambda value: "" if isinstance(value, float) else type(value).__name__,
 )
 def test_the_peak_beyond_plain_training(method, bar, tmp_path):
     plain = peak(tmp_path, None)

@@ -15,6 +15,7 @@ from hf_sharp.methods.mesa import MESA as MESA
 from hf_sharp.methods.msam import MSAM as MSAM
 from hf_sharp.methods.plain import Plain as Plain
 from hf_sharp.methods.previous_gradient import PreviousGradientSAM as PreviousGradientSAM
+from hf_sharp.methods.saf import SAF as SAF
 from hf_sharp.methods.sam import SAM as SAM
 from hf_sharp.methods.smoothing import RandomizedSmoothing as RandomizedSmoothing
 from hf_sharp.methods.sum import Sum as Sum

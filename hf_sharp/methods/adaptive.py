@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from hf_sharp.answers import Evaluation, Opening
 from hf_sharp.methods.base import Method, share
-from hf_sharp.methods.plain import Plain
 
 if TYPE_CHECKING:
     from hf_sharp.landscape import Landscape
@@ -31,6 +30,7 @@ class Adaptive(Method):
         decay: how much of the old statistics a step keeps.
 
     Example:
+        >>> from hf_sharp import SAM, Perturbation
         >>> Adaptive(SAM(Perturbation(rho=0.05))).cost
         1.5
     """
@@ -46,8 +46,8 @@ class Adaptive(Method):
         if not isinstance(self.method, Method):
             raise ValueError(f"method is a Method, such as SAM(Perturbation(rho=0.05)); got {self.method!r}.")
         share(self.decay, "decay", "how much of the old statistics is kept", zero=True)
-        if type(self.method).start not in (Method.start, Plain.start) and self.method.cost < 2:
-            raise ValueError(f"{self.method!r} looks elsewhere before any gradient is known; Adaptive decides by one.")
+        if type(self.method).start is not Method.start and self.method.cost < 2:
+            raise ValueError(self._refusal())
 
     @property
     def cost(self) -> float:
@@ -55,9 +55,21 @@ class Adaptive(Method):
         return 1 + 0.5 * (self.method.cost - 1)
 
     def start(self, landscape: Landscape) -> Opening:
-        """The whole gradient at the present weights, since its length decides."""
-        del landscape
-        return Opening()
+        """The method's opening with the whole gradient, since its length decides.
+
+        Returns:
+            The opening.
+
+        Raises:
+            ValueError: if the method wants to look elsewhere first.
+        """
+        opening = self.method.start(landscape)
+        if opening.shift is not None or opening.add is not None or opening.terms is not None:
+            raise ValueError(self._refusal())
+        return opening._replace(only=None)
+
+    def _refusal(self) -> str:
+        return f"{self.method!r} looks elsewhere before any gradient is known; Adaptive decides by one. Use Every."
 
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The method's gradient, or the one that is there already.

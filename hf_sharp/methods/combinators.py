@@ -53,6 +53,7 @@ class Every(Sometimes):
         method: the method.
 
     Example:
+        >>> from hf_sharp import SAM, Perturbation
         >>> Every(10, SAM(Perturbation(rho=0.5))).cost
         1.1
     """
@@ -88,6 +89,7 @@ class After(Sometimes):
         method: the method.
 
     Example:
+        >>> from hf_sharp import SAM, Perturbation
         >>> After(0.5, SAM(Perturbation(rho=0.05))).cost
         1.5
     """
@@ -132,6 +134,7 @@ class WithProbability(Sometimes):
         method: the method.
 
     Example:
+        >>> from hf_sharp import SAM, Perturbation
         >>> WithProbability(0.5, SAM(Perturbation(rho=0.05))).cost
         1.5
     """

@@ -76,6 +76,6 @@ class CurvatureRegularization(Method):
         with landscape.shifted(nudge):
             here_nudged = landscape.evaluate()
         bend = there.take().add_(here_nudged.take()).add_(here.grad, -1.0)
-        with landscape.shifted(step.add_(nudge)):
+        with landscape.shifted(step.add_(nudge).give_up()):
             there_nudged = landscape.evaluate()
         return here.with_grad(here.take().add_(there_nudged.take().add_(bend, -1.0), self.lam / self.r))

@@ -29,6 +29,7 @@ class FriendlySAM(Ascent):
         lam: how much of the old mean is kept.
 
     Example:
+        >>> from hf_sharp import Perturbation
         >>> FriendlySAM(Perturbation(rho=0.05), sigma=1.0, lam=0.9).cost
         2.0
     """

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from hf_sharp.answers import Evaluation
 from hf_sharp.methods.base import Method, at_least, perturbing, positive
 from hf_sharp.perturbation import Perturbation
+from hf_sharp.vector import TINY
 
 if TYPE_CHECKING:
     from hf_sharp.landscape import Landscape
@@ -57,7 +58,8 @@ class GAM(Method):
         ascent = self.perturbation(probe.take().add_(here.grad, -1.0), landscape)
         with landscape.shifted(ascent):
             worst = landscape.evaluate()
-        with landscape.shifted(ascent.add_(little(worst.grad, landscape))):
+        nudge = self.r / worst.grad.norm().clamp_min(TINY)
+        with landscape.shifted(ascent.add_(worst.grad, nudge).give_up()):
             beyond = landscape.evaluate()
         rise = beyond.take().add_(worst.take(), -1.0)
         return here.with_grad(here.take().add_(rise, self.alpha * rho / self.r))

@@ -26,6 +26,7 @@ class SAM(Ascent):
         fraction: the share of the window that the ascent gradient is taken on.
 
     Example:
+        >>> from hf_sharp import Perturbation
         >>> SAM(Perturbation(rho=0.05)).cost
         2.0
     """

@@ -28,6 +28,7 @@ class Sum(Method):
         **methods: a method for each term of the batch, by its name.
 
     Example:
+        >>> from hf_sharp import SAM, Perturbation, Plain
         >>> Sum(forget=SAM(Perturbation(rho=0.01)), retain=Plain(), weights={"retain": 2.0}).cost
         1.5
     """

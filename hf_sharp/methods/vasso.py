@@ -26,6 +26,7 @@ class VaSSO(Ascent):
         theta: weight of the present gradient, in (0, 1]; 1 gives SAM. The authors' code has 0.9.
 
     Example:
+        >>> from hf_sharp import Perturbation
         >>> VaSSO(Perturbation(rho=0.05), theta=0.9).cost
         2.0
     """

@@ -4,6 +4,7 @@ from hf_sharp.presets.cheap import looksam as looksam
 from hf_sharp.presets.cheap import mesa as mesa
 from hf_sharp.presets.cheap import msam as msam
 from hf_sharp.presets.cheap import previous_gradient_sam as previous_gradient_sam
+from hf_sharp.presets.cheap import saf as saf
 from hf_sharp.presets.penalties import curvature_regularization as curvature_regularization
 from hf_sharp.presets.penalties import gradient_penalty as gradient_penalty
 from hf_sharp.presets.penalties import randomized_smoothing as randomized_smoothing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_sharp.methods import MESA, MSAM, LookSAM, Method, PreviousGradientSAM
+from hf_sharp.methods import MESA, MSAM, SAF, LookSAM, Method, PreviousGradientSAM
 from hf_sharp.perturbation import Perturbation
 from hf_sharp.presets.timing import Rho, scheduled, timed
 from hf_sharp.schedules import ZeroDuringWarmup
@@ -69,3 +69,21 @@ def mesa(
         The method, of cost 1 + 1/3.
     """
     return timed(MESA(lam, decay, temperature), interval, start)
+
+
+def saf(lam: float = 0.3, lag: int = 3, temperature: float = 5.0, interval: int = 1, start: float = 0.0) -> Method:
+    """SAF (Du et al., 2022): the loss plus a divergence from each sample's own outputs some visits ago.
+
+    Needs a column `sample_index` in the training data, and more epochs than `lag`.
+
+    Args:
+        lam: weight of the divergence; the paper's 0.3.
+        lag: how many visits ago; the paper's 2 to 3.
+        temperature: divides the logits; the paper's 5.
+        interval: the method at every so many steps only, plain training between.
+        start: the share of training that is plain before; the paper starts after 5 of its many epochs.
+
+    Returns:
+        The method, of cost 1.
+    """
+    return timed(SAF(lam, lag, temperature), interval, start)
