@@ -2,9 +2,9 @@
 
     python benchmarks/penalties.py [--device cuda]
 
-For a small BERT, a few steps into training, prints for `gradient_penalty` and `curvature_regularization` (lam 1, mu 0.01):
-the truncation error (against r = 1e-6 in float64), and the length of the penalty's gradient over that of the rounding error
-(against float64 at the same r), in float32 and under bf16 autocast.
+For a small BERT, a few steps into training, prints for `gradient_penalty` and `curvature_regularization` (lam 1,
+mu 0.01): the truncation error (against r = 1e-6 in float64), and the length of the penalty's gradient over that of the
+rounding error (against float64 at the same r), in float32 and under bf16 autocast.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def term(state: dict[str, Tensor], method: Method, data: list, device: str, prec
 def small_bert() -> BertForSequenceClassification:
     shape = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(BertConfig(vocab_size=500, num_labels=3, **shape, **dropout))
+    settings: dict[str, Any] = {"vocab_size": 500, "num_labels": 3, **shape, **dropout}
+    return BertForSequenceClassification(BertConfig(**settings))
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ class CurvatureRegularization(Method):
             what = f"the weights ({narrow[0]}, for one)" if narrow else f"autocast to {landscape.autocast}"
             raise ValueError(
                 f"CurvatureRegularization takes differences of differences of gradients, which {what} in 16 bits turn "
-                "into noise (relative error 10 at r = 0.05). Use float32 without bf16/fp16, or GradientPenalty."
+                "into noise. Use float32 without bf16=True and fp16=True, or GradientPenalty."
             )
 
     def moved(self, landscape: Landscape) -> dict[str, float]:
