@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Installed first and by its exact version: a bare `torch` may bring gigabytes of another build.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-SOURCES := $(wildcard hf_sharp recipes benchmarks tests)
+SOURCES := $(wildcard hf_sharp recipes benchmarks examples tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint format bench clean

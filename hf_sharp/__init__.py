@@ -9,6 +9,7 @@ from hf_sharp.config import SharpConfig as SharpConfig
 from hf_sharp.entry_masks import FisherMask as FisherMask
 from hf_sharp.entry_masks import RandomMask as RandomMask
 from hf_sharp.landscape import Landscape as Landscape
+from hf_sharp.loop import SharpStep as SharpStep
 from hf_sharp.masks import ByName as ByName
 from hf_sharp.masks import NormLayers as NormLayers
 from hf_sharp.methods import GAM as GAM
@@ -34,6 +35,7 @@ from hf_sharp.methods import Sum as Sum
 from hf_sharp.methods import TRAMFisher as TRAMFisher
 from hf_sharp.methods import VaSSO as VaSSO
 from hf_sharp.methods import WithProbability as WithProbability
+from hf_sharp.optimizer import SharpOptimizer as SharpOptimizer
 from hf_sharp.perturbation import Perturbation as Perturbation
 from hf_sharp.presets import asam as asam
 from hf_sharp.presets import curvature_regularization as curvature_regularization

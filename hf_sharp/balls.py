@@ -129,6 +129,11 @@ class AdaptiveBall(Ball):
         if self.on not in ("weights", "all"):
             raise ValueError(f"AdaptiveBall adapts on 'weights' or on 'all'; got {self.on!r}.")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The parameters' names, where it goes by them."""
+        return frozenset({"names"} if self.on == "weights" else ())
+
     def metric(self, grad: Tensor, weight: Tensor, name: str, landscape: Landscape) -> Tensor:
         """T^2 of one parameter."""
         del landscape

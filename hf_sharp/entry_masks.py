@@ -114,6 +114,11 @@ class FisherMask(_Refreshed):
     outside: str = "always"
     renormalise: bool = False
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Biases, embeddings and BatchNorm are told by name and module; single rows, for the paper's Fisher."""
+        return frozenset({"names", "modules"} | ({"rows"} if self.fisher == "per_sample" else set()))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, allowed in (("fisher", ("batch", "per_sample")), ("scope", ("global", "tensor"))):

@@ -44,6 +44,7 @@ class Landscape(Passes):
         batches: the window's micro-batches; empty when only facts are asked for.
         measuring: whether this step's metrics are wanted (they cost no pass and no copy, but some arithmetic).
         pool: memory for copies of the weights, if it is kept from step to step.
+        size: how many micro-batches the window will have; None for as many as are given.
 
     Attributes:
         metrics: what was measured of the last shift, 0-dim tensors by name.
@@ -53,9 +54,14 @@ class Landscape(Passes):
     """
 
     def __init__(
-        self, host: Host, batches: Sequence[Any] = (), measuring: bool = False, pool: Pool | None = None
+        self,
+        host: Host,
+        batches: Sequence[Any] = (),
+        measuring: bool = False,
+        pool: Pool | None = None,
+        size: int | None = None,
     ) -> None:
-        super().__init__(host, batches)
+        super().__init__(host, batches, size)
         self.measuring = measuring
         self._pool = Pool() if pool is None else pool
         self.metrics: dict[str, Tensor] = {}
@@ -183,7 +189,7 @@ class Landscape(Passes):
 
     def _opened(self) -> Any:
         shift = self.opening.shift
-        if self._current + 1 == len(self.batches):
+        if self._current + 1 == self.size:
             self.opening = self.opening._replace(shift=None)  # its memory is free while the last pass runs
         return nullcontext() if shift is None else self.shifted(shift() if callable(shift) else shift)
 

@@ -86,6 +86,11 @@ class Mask(Part):
 class NormLayers(Mask):
     """The parameters of normalisation layers only, found by type: SAM-ON (Mueller et al., 2023)."""
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The model's modules."""
+        return frozenset({"modules"})
+
     def names(self, landscape: Landscape) -> list[str]:
         """The trainable parameters that normalisation layers own."""
         known = {id(p): name for name, p in landscape.host.parameters.items()}
@@ -112,6 +117,11 @@ class ByName(Mask):
             raise ValueError(
                 f"pattern is a regular expression over parameter names; got {self.pattern!r}: {error}."
             ) from error
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The parameters' names."""
+        return frozenset({"names"})
 
     def names(self, landscape: Landscape) -> list[str]:
         """The trainable parameters whose name matches."""

@@ -23,6 +23,11 @@ class Part:
 
     remembers = False  # whether it has state at all, so that a checkpoint without it is noticed
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a door must provide: names and modules of the model, outputs, rows, the whole window at once, terms."""
+        return frozenset()
+
     _state: State = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def walk(self, path: str = "") -> Iterator[tuple[str, Part]]:

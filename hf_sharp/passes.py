@@ -29,16 +29,18 @@ class Passes(Facts):
 
     Args:
         host: the training loop this stands in.
-        batches: the window's micro-batches; empty when only facts are asked for.
+        batches: the window's micro-batches, as far as they are known; empty when only facts are asked for.
+        size: how many micro-batches the window will have; None for as many as are given.
 
     Attributes:
         evaluations: how many times the window was passed through so far, a forward alone counting as a third; a part
             counts as its share.
     """
 
-    def __init__(self, host: Host, batches: Sequence[Any] = ()) -> None:
+    def __init__(self, host: Host, batches: Sequence[Any] = (), size: int | None = None) -> None:
         super().__init__(host)
         self.batches = list(batches)
+        self.size = len(self.batches) if size is None else size
         self.opening = Opening()
         self.evaluations = 0.0
         self._records: list[tuple[RandomState, list[int]]] = []
@@ -62,7 +64,7 @@ class Passes(Facts):
         self._current = len(self._records)
         if not self._records:
             self._unshifted = self.opening.shift is None and self.opening.add is None
-        self.batches[self._current] = batch
+        self.batches[self._current :] = [batch, *self.batches[self._current + 1 :]]
         self._records.append((RandomState.record(self._devices), rows.versions(batch)))
         with self._opened():
             hook = self._hook(self.opening.add, self.opening.reduce)
@@ -158,7 +160,7 @@ class Passes(Facts):
         with torch.no_grad(), streams_kept(self._devices):
             self._repeat_draws(self._current)
             outputs = self.host.forward(batch, named)
-        self.evaluations += FORWARD / max(len(self.batches), 1)
+        self.evaluations += FORWARD / max(self.size, len(self.batches), 1)
         return outputs
 
     def row_gradients(self, samples: int) -> Iterator[ParamVector]:

@@ -89,6 +89,11 @@ class NoisyInputs(Reference):
         if isinstance(self.sigma, bool) or not isinstance(self.sigma, int | float) or not 0 <= self.sigma < math.inf:
             raise ValueError(f"sigma is a standard deviation of at least 0; got {self.sigma!r}.")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The input embedding is one of the modules; noise goes by row."""
+        return frozenset({"modules", "rows"})
+
     def check(self, landscape: Landscape) -> None:
         """Refuse a model whose input embedding cannot be found."""
         input_embedding(landscape.host.model)

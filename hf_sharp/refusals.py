@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
@@ -44,3 +47,53 @@ def refuse(trainer: Trainer, method: Method) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"{type(method).__name__} needs further passes over the same window, but {reason}.")
+
+
+def refuse_accelerator(accelerator: Accelerator, method: Method) -> None:
+    """Refuse, by name, the ways to distribute a loop in which a second backward pass cannot be right.
+
+    Args:
+        accelerator: the loop's.
+        method: the method.
+
+    Raises:
+        ValueError: naming what stands in the way and the way out.
+    """
+    kind = accelerator.distributed_type
+    reasons = {
+        DistributedType.DEEPSPEED: "DeepSpeed makes its optimizer step inside the first backward pass",
+        DistributedType.FSDP: "sharded parameters (FSDP) are not supported yet",
+        DistributedType.MEGATRON_LM: "Megatron-LM runs forward and backward as one",
+        DistributedType.XLA: "on XLA gradients are reduced inside the optimizer step",
+    }
+    if kind in reasons:
+        raise ValueError(
+            f"{type(method).__name__} needs further passes over the same window, but {reasons[kind]}. Use DDP."
+        )
+
+
+WANTED = {
+    "names": "the parameters' names",
+    "modules": "the model's modules",
+    "outputs": "the model's outputs",
+    "rows": "the rows of the batch",
+    "window": "all micro-batches of the window before the first is passed through",
+    "terms": "a loss of named terms",
+}
+
+
+def refuse_needs(method: Method, provided: Collection[str], way_out: str) -> None:
+    """Refuse a method that needs what a door cannot give.
+
+    Args:
+        method: the method.
+        provided: what the door can give, keys of `WANTED`.
+        way_out: why, and what to do.
+
+    Raises:
+        ValueError: naming the part and what it needs.
+    """
+    for _, part in method.walk():
+        missing = [WANTED[need] for need in sorted(part.needs) if need not in provided]
+        if missing:
+            raise ValueError(f"{type(part).__name__} needs {' and '.join(missing)}. {way_out}.")

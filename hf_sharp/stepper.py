@@ -32,18 +32,25 @@ class Stepper:
         self._pool = Pool()
         self._batches: list[Any] = []
         self._next = 0
+        self._size: int | None = None
         self._landscape: Landscape | None = None
         self._before: dict[str, State] = {}
 
-    def expect(self, batches: Sequence[Any]) -> None:
+    def expect(self, batches: Sequence[Any], size: int | None = None) -> None:
         """Say which micro-batches the next step's window has; a step that was not finished is forgotten.
 
         Args:
-            batches: the micro-batches, which `micro_batch` will be given one by one.
+            batches: the micro-batches, which `micro_batch` will be given one by one, or the first of them.
+            size: how many there will be; None for as many as are given.
         """
         if self._landscape is not None:
             self.method.rollback(self._before)
-        self._batches, self._next, self._landscape = list(batches), 0, None
+        self._batches, self._next, self._landscape, self._size = list(batches), 0, None, size
+
+    @property
+    def open(self) -> bool:
+        """Whether a window has begun that was not finished yet."""
+        return self._landscape is not None
 
     @property
     def expects_more(self) -> bool:
@@ -76,7 +83,7 @@ class Stepper:
 
     def _open(self, measuring: bool) -> Landscape:
         self._before = self.method.snapshot()
-        self._landscape = Landscape(self.host, self._batches, measuring, self._pool)
+        self._landscape = Landscape(self.host, self._batches, measuring, self._pool, self._size)
         self._landscape.opening = self.method.start(self._landscape)
         return self._landscape
 

@@ -58,12 +58,16 @@ ALLOWED: dict[str, set[str]] = {
         ".presets",
     },
     "stepper": {"torch", ".shift", "accelerate", ".landscape", ".answers", ".host", ".part", ".methods.base"},
-    "loop": {"torch", "accelerate", ".landscape", ".host", ".stepper", ".methods.base"},
-    "optimizer": {"torch", ".landscape", ".host", ".stepper", ".methods.base"},
+    "accelerate_host": {"torch", "accelerate", ".host", ".momentum"},
+    "loop": {
+        *("torch", "accelerate", ".landscape", ".host", ".stepper", ".methods.base"),
+        *(".accelerate_host", ".refusals"),
+    },
+    "optimizer": {"torch", ".landscape", ".host", ".stepper", ".methods.base", ".refusals", ".momentum"},
     "averaging": {"torch", "transformers", ".vector"},
     "config": {"transformers", "yaml", ".presets", ".schedules", ".methods.base", ".objectives"},
     "refusals": {"transformers", "accelerate", ".methods.base"},
-    "trainer_host": {"torch", "transformers", "accelerate", ".host", ".momentum"},
+    "trainer_host": {"torch", "transformers", "accelerate", ".accelerate_host", ".momentum"},
     # floor 6
     "trainer": {
         *("torch", "numpy", "transformers", "accelerate", "safetensors", "huggingface_hub"),

@@ -37,6 +37,11 @@ class Ascent(Method):
         share(self.fraction, "fraction", "the share of the window for the ascent")
 
     @property
+    def needs(self) -> frozenset[str]:
+        """A part of the window is chosen before its first pass."""
+        return frozenset({"window"} if self.fraction < 1 else ())
+
+    @property
     def cost(self) -> float:
         """Two evaluations, the first on a fraction; an ascent for some parameters alone counts as one too."""
         return 1.0 + self.fraction

@@ -47,6 +47,11 @@ class MESA(Method):
         positive(self.temperature, "temperature")
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What the door must provide."""
+        return frozenset({"outputs", "window"})
+
+    @property
     def cost(self) -> float:
         """One evaluation and the teacher's forward, which counts as a third."""
         return 1.0 + 1 / 3

@@ -52,6 +52,11 @@ class SAF(Method):
         positive(self.temperature, "temperature")
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What the door must provide."""
+        return frozenset({"outputs", "window"})
+
+    @property
     def cost(self) -> float:
         """One evaluation."""
         return 1.0

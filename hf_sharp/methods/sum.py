@@ -55,6 +55,11 @@ class Sum(Method):
         return f"Sum({terms}, weights={self.weights!r})"
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What the door must provide."""
+        return frozenset({"terms"})
+
+    @property
     def cost(self) -> float:
         """The mean over the terms, taken to be of equal size."""
         return sum(method.cost for method in self.methods.values()) / len(self.methods)

@@ -57,6 +57,11 @@ class TRAM(Method):
         Perturbation(1.0, self.ball)
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What the door must provide."""
+        return frozenset({"outputs"})
+
+    @property
     def cost(self) -> float:
         """Two evaluations and the reference's forward, which counts as a third."""
         return 2.0 + 1 / 3

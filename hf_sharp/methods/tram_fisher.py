@@ -48,6 +48,11 @@ class TRAMFisher(Method):
         at_least(self.eta, "eta")
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What the door must provide."""
+        return frozenset({"modules", "rows"})
+
+    @property
     def cost(self) -> float:
         """Three evaluations."""
         return 3.0

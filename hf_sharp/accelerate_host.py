@@ -1,0 +1,150 @@
+"""`AcceleratorHost`: what hosts that run on Accelerate have in common."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sharp.host import Host
+from hf_sharp.momentum import momentum_of
+
+
+class AcceleratorHost(Host):
+    """Parameters, learning rates, loss scale and ranks as Accelerate has them."""
+
+    def __init__(self) -> None:
+        self.wrapped: Any = None  # the model as the loop calls it
+        self._known: tuple[Any, dict[str, nn.Parameter]] = (None, {})
+        self._no_subsets: str | None = None
+
+    @property
+    @abstractmethod
+    def accelerator(self) -> Any:
+        """The Accelerator."""
+
+    @property
+    @abstractmethod
+    def optimizer(self) -> Any:
+        """The prepared optimizer, None before there is one."""
+
+    @property
+    def model(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The unwrapped model."""
+        return self.accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The optimizer's trainables by the model's names; before there is an optimizer, the model's trainables."""
+        groups = self.groups
+        key = [(id(p), p.requires_grad) for group in groups for p in group["params"]]
+        if self._known[0] != key or not groups:
+            inside = {id(p) for group in groups for p in group["params"]}
+            named = self.model.named_parameters()
+            chosen = {name: p for name, p in named if p.requires_grad and (id(p) in inside or not groups)}
+            self._known = (key, chosen)
+        return self._known[1]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        return getattr(self.optimizer, "param_groups", [])
+
+    @property
+    def loss_scale(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The scaler's factor, read without waiting for the device."""
+        one = torch.ones((), device=self.accelerator.device)
+        scaler = self.accelerator.scaler
+        return one if scaler is None or not scaler.is_enabled() else scaler.scale(one)
+
+    @property
+    def rank(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Accelerate's process index."""
+        return self.accelerator.process_index
+
+    @property
+    def ranks(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Accelerate's number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def autocast(self) -> torch.dtype | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Accelerate's mixed precision."""
+        mixed = str(self.accelerator.mixed_precision)
+        return {"no": None, "bf16": torch.bfloat16}.get(mixed, torch.float16)
+
+    def unsynced(self) -> AbstractContextManager[Any]:
+        """Accelerate's `no_sync`, as loops use it for all but a window's last micro-batch."""
+        return self.accelerator.no_sync(self.wrapped)
+
+    def momentum(self) -> dict[str, Tensor] | None:
+        """That of the optimizer inside Accelerate's wrapper."""
+        return None if self.optimizer is None else momentum_of(self.optimizer, self.parameters)
+
+    def mean_over_ranks(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Accelerate's reduction."""
+        return [self.accelerator.reduce(t, reduction="mean") for t in tensors]
+
+    def subset_works(self, further: dict[str, bool]) -> bool:
+        """Whether a backward towards some parameters alone is possible here; says once what it costs where not.
+
+        Args:
+            further: other reasons against it, and whether they hold.
+
+        Returns:
+            True where nothing stands against it.
+        """
+        reasons = {
+            "gradients are reduced over ranks": self.ranks > 1,
+            "reentrant gradient checkpointing needs the full backward": self._reentrant(),
+            **further,
+        }
+        reason = next((text for text, holds in reasons.items() if holds), None)
+        if reason is not None:
+            self.refuse_subsets(reason)
+        return self._no_subsets is None
+
+    def refuse_subsets(self, reason: str) -> None:
+        """Remembered as long as the host lives; the warning comes once."""
+        if self._no_subsets is None:
+            self._no_subsets = reason
+            warnings.warn(
+                f"The ascent of this method needs few gradients, but {reason}: all are computed, and a step costs "
+                "the time of two full passes.",
+                stacklevel=2,
+            )
+
+    def _reentrant(self) -> bool:
+        for module in self.model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(module, "gradient_checkpointing", False) and function is not None:
+                return getattr(function, "keywords", {}).get("use_reentrant", True) is not False
+        return False
+
+
+@contextmanager
+def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    """While open, `owner.name` is the replacement.
+
+    Args:
+        owner: an object.
+        name: of one of its attributes.
+        replacement: what it is meanwhile.
+
+    Yields:
+        Nothing.
+    """
+    had, original = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)

@@ -1,0 +1,348 @@
+"""The three doors: the same weights on the same batches for every method whose needs they provide."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from cases import METHODS
+from doors import train, weights
+from hf_sharp import (
+    MSAM,
+    Perturbation,
+    SharpOptimizer,
+    SharpStep,
+    SharpTrainer,
+    asam,
+    fsam,
+    msam,
+    sam,
+    sam_on,
+    tram,
+    vasso,
+)
+from models import batch_of, mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
+from references import flat
+
+ROWS = mlp_rows(48)
+
+
+def data(name):
+    if not METHODS[name].visits:
+        return ROWS
+    return [{**ROWS[i % 8], "sample_index": torch.tensor(i % 8)} for i in range(len(ROWS))]
+
+
+def loss_of(model, batch):
+    return model(**{key: value for key, value in batch.items() if key != "sample_index"})["loss"]
+
+
+def momentum_sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5, weight_decay=0.01)
+
+
+def by_trainer(method, rows, accumulate, tmp_path, steps=5):
+    model = tiny_mlp(seed=1)  # no dropout: the Trainer's data loader moves the random stream
+    settings = {"max_steps": steps, "gradient_accumulation_steps": accumulate, "max_grad_norm": 0.3}
+    settings |= {"lr_scheduler_type": "constant", "optimizers": (momentum_sgd(model), None), "method": method}
+    return weights(train(SharpTrainer, model, rows, tmp_path, **settings))
+
+
+def by_loop(method, rows, accumulate, steps=5, scaler=None, **settings):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    model = tiny_mlp(seed=1)
+    optimizer = momentum_sgd(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    sharp = SharpStep(method, model, optimizer, accelerator, loss_of, total_steps=steps, warmup_steps=0, **settings)
+    torch.manual_seed(42)
+    model.train()
+    for window in windows_of(rows, micro=4, accumulate=accumulate)[:steps]:
+        for batch in window:
+            with accelerator.accumulate(model):
+                sharp.backward(batch)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.3)
+                optimizer.step()
+                optimizer.zero_grad()
+    return flat(model), sharp
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loop_gives_the_trainers_weights(name, accumulate, tmp_path):
+    needs = set().union(*(part.needs for _, part in METHODS[name].method().walk()))
+    if accumulate > 1 and needs & {"window", "terms"}:
+        with pytest.raises(ValueError, match="one by one"):
+            by_loop(METHODS[name].method(), data(name), accumulate)
+        return
+    ours, _ = by_loop(METHODS[name].method(), data(name), accumulate)
+    theirs = by_trainer(METHODS[name].method(), data(name), accumulate, tmp_path)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_loops_loss_and_metrics(tmp_path):
+    _, sharp = by_loop(sam(0.1), ROWS, 2, measure_every=1)
+    assert {"sharp_gap", "sharp_cos", "sharp_component"} <= set(sharp.metrics)
+    assert sharp.metrics["sharp_evaluations"] == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    model = tiny_mlp(seed=1)
+    prepared, optimizer = accelerator.prepare(model, momentum_sgd(model))
+    batch = batch_of(ROWS[:4])
+    loss = SharpStep(sam(0.1), prepared, optimizer, accelerator, loss_of).backward(batch)
+    assert torch.equal(loss, loss_of(model.train(), batch).detach()) and not loss.requires_grad
+
+
+@pytest.mark.parametrize("name", ["vasso", "fsam", "looksam", "tram_previous", "msam"])
+def test_a_checkpointed_loop_goes_on_bitwise(name, tmp_path):
+    def run(split):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True)
+        model = tiny_mlp(seed=1, dropout=0.2)
+        model, optimizer = accelerator.prepare(model, momentum_sgd(model))
+        sharp = SharpStep(METHODS[name].method(), model, optimizer, accelerator, loss_of, warmup_steps=0)
+        accelerator.register_for_checkpointing(sharp)
+        torch.manual_seed(3)
+        for index, window in enumerate(windows_of(ROWS, micro=4, accumulate=1)[:8]):
+            if index == 4 and split == "save":
+                accelerator.save_state(str(tmp_path / "state"))
+            if index < 4 and split == "load":
+                continue
+            if index == 4 and split == "load":
+                accelerator.load_state(str(tmp_path / "state"))
+            sharp.backward(window[0])
+            optimizer.step()
+            optimizer.zero_grad()
+        return flat(model)
+
+    assert torch.equal(run("save"), run("load"))
+
+
+def test_what_cannot_be_right_is_refused():
+    accelerator = Accelerator(cpu=True)
+    model = tiny_mlp()
+    plain = momentum_sgd(model)
+    prepared, optimizer = accelerator.prepare(model, plain)
+    with pytest.raises(ValueError, match="prepare returned"):
+        SharpStep(sam(), prepared, plain, accelerator, loss_of)
+    with pytest.raises(ValueError, match="a Method"):
+        SharpStep("sam", prepared, optimizer, accelerator, loss_of)
+    sharp = SharpStep(sam(), prepared, optimizer, accelerator, lambda model, batch: model(**batch))
+    with pytest.raises(ValueError, match="one loss"):
+        sharp.backward(batch_of(ROWS[:4]))
+    with pytest.raises(ValueError, match="did not call the model"):
+        SharpStep(
+            tram(), prepared, optimizer, accelerator, lambda model, batch: torch.zeros((), requires_grad=True)
+        ).backward(batch_of(ROWS[:4]))
+
+
+def test_an_infinite_gradient_in_the_loop_skips_the_step(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = tiny_mlp(seed=1)
+    prepared, optimizer = accelerator.prepare(model, momentum_sgd(model))
+    assert optimizer.scaler is scaler
+    method = vasso(0.1)
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        value = loss_of(model, batch)
+        return value * torch.inf if len(calls) == 4 else value  # the second pass of the second step
+
+    sharp = SharpStep(method, prepared, optimizer, accelerator, loss)
+    path, states = [], []
+    for window in windows_of(ROWS, micro=4, accumulate=1)[:3]:
+        sharp.backward(window[0])
+        optimizer.step()
+        optimizer.zero_grad()
+        path.append(flat(model))
+        states.append(method.state_dict())
+    assert torch.equal(path[1], path[0]) and not torch.equal(path[2], path[1])
+    assert all(torch.equal(states[1][key], states[0][key]) for key in states[0])
+    assert scaler.get_scale() == 2.0**9 and torch.isfinite(path[2]).all()
+
+
+# ---- the optimizer ----------------------------------------------------------------------------------------------
+
+
+def by_closure(method, steps=5, prepare=False, model_given=True):
+    model = tiny_mlp(seed=1, dropout=0.2)
+    optimizer = SharpOptimizer(momentum_sgd(model), method, model if model_given else None)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    used = optimizer
+    if prepare:
+        accelerator = Accelerator(cpu=True)
+        model, used = accelerator.prepare(model, optimizer)
+    torch.manual_seed(42)
+    model.train()
+    losses = []
+    for window in windows_of(ROWS, micro=4, accumulate=1)[:steps]:
+
+        def closure(batch=window[0]):
+            used.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        losses.append(used.step(closure))
+    return flat(model), optimizer, losses
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_optimizer_gives_the_loops_weights(name):
+    needs = set().union(*(part.needs for _, part in METHODS[name].method().walk()))
+    if needs - {"names", "modules"}:
+        with pytest.raises(ValueError, match="A closure hides the data"):
+            by_closure(METHODS[name].method())
+        return
+    if name in ("after", "adaptive"):
+        with pytest.raises(ValueError, match="number of training steps"):
+            by_closure(METHODS[name].method())
+        return
+    if name == "msam":
+        with pytest.raises(ValueError, match="length of the warm-up"):
+            by_closure(METHODS[name].method())
+        return
+    ours, *_ = by_closure(METHODS[name].method())
+    model = tiny_mlp(seed=1, dropout=0.2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    prepared, plain = accelerator.prepare(model, momentum_sgd(model))
+    sharp = SharpStep(METHODS[name].method(), prepared, plain, accelerator, loss_of)
+    torch.manual_seed(42)
+    for window in windows_of(ROWS, micro=4, accumulate=1)[:5]:
+        sharp.backward(window[0])
+        plain.step()
+        plain.zero_grad()
+    torch.testing.assert_close(ours, flat(model), rtol=0, atol=1e-12)
+
+
+def test_the_optimizer_passes_prepare():
+    ours, *_ = by_closure(sam(0.1))
+    prepared, *_ = by_closure(sam(0.1), prepare=True)
+    assert torch.equal(ours, prepared)
+
+
+def test_schedulers_and_groups_are_the_bases():
+    model = tiny_mlp()
+    base = momentum_sgd(model)
+    optimizer = SharpOptimizer(base, sam())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    assert optimizer.param_groups is base.param_groups and optimizer.state is base.state
+    optimizer.step(lambda: loss_of(model, batch_of(ROWS[:4])).backward())
+    scheduler.step()
+    assert base.param_groups[0]["lr"] == 0.025
+    extra = torch.nn.Parameter(torch.ones(1))
+    optimizer.add_param_group({"params": [extra]})
+    assert base.param_groups[1]["params"] == [extra]
+
+
+def test_the_state_dict_keeps_moments_and_memory():
+    model = tiny_mlp(seed=1)
+    optimizer = SharpOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), vasso(0.1), model)
+
+    def steps(optimizer, model, windows):
+        for window in windows:
+
+            def closure(batch=window[0]):
+                optimizer.zero_grad()
+                loss = loss_of(model, batch)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    windows = windows_of(ROWS, micro=4, accumulate=1)
+    steps(optimizer, model, windows[:3])
+    other = tiny_mlp(seed=2)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    again = SharpOptimizer(torch.optim.AdamW(other.parameters(), lr=0.05), vasso(0.1), other)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(optimizer, model, windows[3:6])
+    steps(again, other, windows[3:6])
+    assert torch.equal(flat(model), flat(other))
+    base = torch.optim.AdamW(other.parameters(), lr=0.05)
+    again.load_state_dict(base.state_dict())  # a checkpoint from before this library
+    assert again.state_dict()["sharp"] == {"step": 0}
+
+
+def test_a_step_without_a_closure_says_once_that_it_is_plain(recwarn):
+    model = tiny_mlp(seed=1)
+    optimizer = SharpOptimizer(momentum_sgd(model), sam())
+    optimizer.step()  # as checkpoints do when they create state
+    loss_of(model, batch_of(ROWS[:4])).backward()
+    with pytest.warns(UserWarning, match="SAM had no part"):
+        optimizer.step()
+    optimizer.step()
+    assert len(recwarn) == 0
+
+
+def test_fp16_scaling_with_a_closure_is_refused():
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = tiny_mlp(seed=1)
+    model, optimizer = accelerator.prepare(model, SharpOptimizer(momentum_sgd(model), sam()))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, batch_of(ROWS[:4]))
+        accelerator.backward(loss)
+        return loss
+
+    before = flat(model)
+    accelerator.backward(loss_of(model, batch_of(ROWS[:4])))
+    with pytest.raises(ValueError, match="fp16 gradient scaling"):
+        optimizer.step(closure)
+    assert torch.equal(flat(model), before)
+
+
+def test_names_are_asked_for_where_a_method_goes_by_them():
+    model = tiny_mlp()
+    for method in (sam_on(), fsam()):
+        with pytest.raises(ValueError, match="Pass model="):
+            SharpOptimizer(momentum_sgd(model), method)
+    named = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    SharpOptimizer(named, asam())
+    with pytest.raises(ValueError, match="before accelerator"):
+        SharpOptimizer(Accelerator(cpu=True).prepare(momentum_sgd(model)), sam())
+
+
+def test_autocast_around_a_closure_sees_the_shift():
+    """Inside one autocast region casts of weights are cached; a shift must not read the old ones."""
+    losses = []
+    model = tiny_bert(dropout=0.0).train()
+    batch = batch_of(text_rows(4))
+    optimizer = SharpOptimizer(torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9), sam(5.0), model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        return loss
+
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step(closure)
+    assert abs(losses[1] - losses[0]) > 1e-2
+
+
+def test_msam_works_with_a_radius_that_needs_no_schedule():
+    ours, *_ = by_closure(MSAM(Perturbation(0.2)))
+    plain, *_ = by_closure(METHODS["plain"].method())
+    assert (ours - plain).abs().max() > 1e-4
+    assert msam() != MSAM(Perturbation(0.2))
