@@ -2,6 +2,10 @@
 
     make bench
     python benchmarks/step.py --method sam fsam --model bert --hidden 768 --layers 12 --batch 32 --length 128 --bf16
+    python benchmarks/step.py --method sam sam:interval=10 looksam:every=5 sam:fraction=0.25 tram:reference=noise
+
+A method is a preset's name, with its options after a colon. Of methods that differ from step to step look at the ratio
+of totals, over rounds that are a multiple of their period.
 
 All contenders train the same model from the same start. They take turns, one optimizer step each, in an order that is
 shuffled every round, so that slow spells of the machine hit all alike; ratios are taken within a round. The floor is a
@@ -19,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -30,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_sharp import SharpTrainer
+from hf_sharp import SharpConfig, SharpTrainer
 from hf_sharp.config import METHODS
 
 FLOOR = "plain + bare pass"
@@ -106,7 +111,22 @@ def build(options) -> Any:
 def data(options) -> list[dict[str, torch.Tensor]]:
     rows = torch.randint(5, 4000, (options.batch * options.accumulate * (options.rounds + 10), options.length))
     causal = options.model == "llama"
-    return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x if causal else x[0] % 2} for x in rows]
+    return [
+        {
+            "input_ids": x,
+            "attention_mask": torch.ones_like(x),
+            "labels": x if causal else x[0] % 2,
+            "sample_index": torch.tensor(i % 64),
+        }
+        for i, x in enumerate(rows)
+    ]
+
+
+def config_of(text: str) -> SharpConfig:
+    """A preset's name with options, such as `looksam:every=5,alpha=0.5`."""
+    name, _, options = text.partition(":")
+    pairs = (pair.split("=", 1) for pair in options.split(",") if pair)
+    return SharpConfig.from_dict({"method": name} | {key: yaml.safe_load(value) for key, value in pairs})
 
 
 def trainer_for(name: str, options, rows, folder: str):
@@ -121,7 +141,7 @@ def trainer_for(name: str, options, rows, folder: str):
         common = {"model": build(options), "args": arguments, "train_dataset": rows, "callbacks": [callback]}
         if name == "Trainer":
             return Trainer(**common)
-        return BarePass(**common) if name == FLOOR else SharpTrainer(method=name, **common)
+        return BarePass(**common) if name == FLOOR else SharpTrainer(method=config_of(name), **common)
 
     return make
 
@@ -157,7 +177,7 @@ def peak_memory(name: str, options) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--method", nargs="+", default=list(METHODS))
     parser.add_argument("--model", choices=("bert", "llama"), default="bert")
     for flag, default in (
         ("hidden", 128),
@@ -172,18 +192,21 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    for name in options.method:
+        config_of(name).build()
     times = race(options)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{device}; torch {torch.__version__}, transformers {transformers.__version__}; {vars(options)}\n")
-    print("| method | seconds a step | times plain: median (min, max) | passes | peak memory, copies of the weights |")
-    print("|---|---|---|---|---|")
+    print("| method | seconds a step | times plain: median (min, max) | of totals | passes | peak memory, copies |")
+    print("|---|---|---|---|---|---|")
     for name, values in times.items():
         ratios = sorted(a / b for a, b in zip(values, times["Trainer"], strict=True))
-        passes = f"{METHODS[name]().cost:g}" if name in METHODS else {"Trainer": "1", FLOOR: "2"}[name]
+        passes = {"Trainer": "1", FLOOR: "2"}.get(name) or f"{config_of(name).build().cost:.3g}"
+        total = sum(values) / sum(times["Trainer"])
         memory = peak_memory(name, options)
         spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}, {ratios[-1]:.3f})"
         shown = "not measured on a CPU" if memory is None else f"{memory:.2f}"
-        print(f"| {name} | {statistics.median(values):.4f} | {spread} | {passes} | {shown} |")
+        print(f"| {name} | {statistics.median(values):.4f} | {spread} | {total:.3f} | {passes} | {shown} |")
 
 
 if __name__ == "__main__":

@@ -196,11 +196,13 @@ class SharpMixin:
                 stacked = self.accelerator.reduce(stacked, reduction="mean")  # pyright: ignore
             metrics = {**metrics, **dict(zip(tensors, stacked.tolist(), strict=True))}
         component, noise = metrics.get("sharp_component", 1.0), metrics.get("sharp_noise", 0.0)
-        if not self._sharp_warned and (abs(component - 1) > 0.25 or noise > 2):
+        negligible = metrics.get("sharp_radius", 1.0) < 1e-4  # TRAM's radius starts at zero and may stay there
+        if not self._sharp_warned and not negligible and (abs(component - 1) > 0.25 or noise > 2):
             self._sharp_warned = True
+            dtype = next(iter(self._sharp_host.parameters.values())).dtype
             warnings.warn(
                 f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of "
-                f"{noise:.2f} times its length: so small a step rounds away in 16-bit weights. Use float32 weights "
+                f"{noise:.2f} times its length: so small a step rounds away in weights of {dtype}. Use float32 weights "
                 "with bf16=True, adapters, or a larger rho.",
                 stacklevel=2,
             )

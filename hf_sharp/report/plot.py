@@ -63,7 +63,9 @@ def _draw(axis: Any, title: str, group: Sequence[Row], baseline: str) -> None:
     if summaries[0]["majority"] is not None:
         axis.axhline(summaries[0]["majority"], color="black", linestyle="--", linewidth=0.8, label="majority class")
         axis.legend(fontsize=7, loc="best")
-    axis.set_xticks(range(len(summaries)), [summary["method"] for summary in summaries])
+    names = [summary["method"] for summary in summaries]
+    crowded = sum(map(len, names)) > 30
+    axis.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     axis.set_xlim(-0.6, len(summaries) - 0.2)
     axis.set_title(title, fontsize=9)
     axis.set_ylabel(summaries[0]["metric"])

@@ -5,6 +5,7 @@ from hf_sharp.tasks.docstrings import TextTask as TextTask
 from hf_sharp.tasks.docstrings import load_docstrings as load_docstrings
 from hf_sharp.tasks.docstrings import small_bert as small_bert
 from hf_sharp.tasks.docstrings import word_tokenizer as word_tokenizer
+from hf_sharp.tasks.domains import load_domains as load_domains
 from hf_sharp.tasks.glue import GLUE as GLUE
 from hf_sharp.tasks.glue import GlueTask as GlueTask
 from hf_sharp.tasks.glue import load_glue as load_glue
