@@ -60,6 +60,7 @@ from hf_sharp.presets import wsam as wsam
 from hf_sharp.references import NoisyInputs as NoisyInputs
 from hf_sharp.references import PretrainedWeights as PretrainedWeights
 from hf_sharp.references import PreviousWeights as PreviousWeights
+from hf_sharp.schedules import Constant as Constant
 from hf_sharp.schedules import Cosine as Cosine
 from hf_sharp.schedules import FollowsLearningRate as FollowsLearningRate
 from hf_sharp.schedules import Linear as Linear

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hf_sharp.host import Host
+from hf_sharp.labels import shifts_labels
 from hf_sharp.momentum import momentum_of
 
 
@@ -22,6 +24,7 @@ class AcceleratorHost(Host):
         self.wrapped: Any = None  # the model as the loop calls it
         self._known: tuple[Any, dict[str, nn.Parameter]] = (None, {})
         self._no_subsets: str | None = None
+        self._call: tuple[Any, dict[str, Any]] | None = None
 
     @property
     @abstractmethod
@@ -77,6 +80,42 @@ class AcceleratorHost(Host):
         """Accelerate's mixed precision."""
         mixed = str(self.accelerator.mixed_precision)
         return {"no": None, "bf16": torch.bfloat16}.get(mixed, torch.float16)
+
+    @property
+    def shifts_labels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """By the model's loss or class."""
+        return shifts_labels(self.model)
+
+    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
+        """The model inside, called with what it was called with in this pass."""
+        del batch
+        if self._call is None:
+            raise ValueError("The loss does not call the model, so there are no outputs to look at.")
+        args, keywords = self._call
+        return functional_call(self.model, dict(weights), args, keywords)
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Any]]:
+        """While open, the model's calls are remembered for `again`.
+
+        Yields:
+            A list to which the outputs of each call are added.
+        """
+        outputs: list[Any] = []
+
+        def before(module: nn.Module, args: Any, keywords: Any) -> None:
+            self._call = (args, dict(keywords))
+
+        handles = [
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.model.register_forward_hook(lambda module, args, output: outputs.append(output)),
+        ]
+        try:
+            with torch.compiler.set_stance("force_eager"):  # compiled code draws other dropout than `again` can
+                yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def unsynced(self) -> AbstractContextManager[Any]:
         """Accelerate's `no_sync`, as loops use it for all but a window's last micro-batch."""

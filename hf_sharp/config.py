@@ -16,7 +16,7 @@ METHODS: dict[str, Callable[..., Method]] = {  # every function that hf_sharp.pr
     name: preset for name, preset in sorted(vars(presets).items()) if inspect.isfunction(preset)
 }
 SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule | float]] = {
-    "constant": lambda rho, end: rho,
+    "constant": lambda rho, end: schedules.Constant(rho),
     "linear": schedules.Linear,
     "cosine": schedules.Cosine,
     "follows_lr": schedules.FollowsLearningRate,

@@ -70,11 +70,7 @@ class Facts:
     @property
     def shifts_labels(self) -> bool:
         """Whether the labels of a position are those of the next one, as in causal language models."""
-        for module in self.host.model.modules():
-            config = getattr(module, "config", None)
-            if getattr(module, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration"):
-                return not getattr(config, "is_encoder_decoder", False)
-        return False
+        return self.host.shifts_labels
 
     def momentum(self) -> ParamVector | None:
         """The momentum that the optimizer has gathered so far, loss scale removed.
@@ -137,6 +133,18 @@ class Facts:
         """
         parameters = self.host.parameters.items()
         return ParamVector(named[name].to(p.device) if name in named else None for name, p in parameters)
+
+    def cast(self, vector: ParamVector) -> ParamVector:
+        """A vector in the dtypes of the parameters.
+
+        Args:
+            vector: over the parameters.
+
+        Returns:
+            The same tensors where nothing is to be cast.
+        """
+        pairs = zip(vector.tensors, self.host.parameters.values(), strict=True)
+        return ParamVector(None if t is None else t.to(p.dtype) for t, p in pairs)
 
     def random(self, tag: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A private generator, the same on every rank for the same seed, step and tag.

@@ -26,6 +26,7 @@ class Host(ABC):
         seed: the training's seed.
         rank: the number of this process among `ranks`.
         ranks: how many processes train together.
+        shifts_labels: whether the labels of a position are those of the next one, as in causal language models.
         autocast: the 16-bit dtype that the host's forward computes in, None for the weights' own precision.
     """
 
@@ -41,6 +42,7 @@ class Host(ABC):
     rank: int
     ranks: int
     autocast: torch.dtype | None
+    shifts_labels: bool
 
     @abstractmethod
     def backward(
@@ -59,11 +61,22 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def forward(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
+    def forward(self, batch: Any) -> Any:
         """The model's outputs for one micro-batch in training mode; called without gradients.
 
         Args:
             batch: the micro-batch as the host's loader gave it.
+
+        Returns:
+            The outputs.
+        """
+
+    @abstractmethod
+    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
+        """The model called once more as in the pass that is being made, inside a hook; called without gradients.
+
+        Args:
+            batch: the micro-batch.
             weights: values to use in place of parameters and buffers, by name; these themselves are not touched.
 
         Returns:

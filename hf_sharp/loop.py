@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hf_sharp.accelerate_host import AcceleratorHost
 from hf_sharp.landscape import Landscape
@@ -67,7 +66,7 @@ class LoopHost(AcceleratorHost):
         self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Callable[[Any, Any], Any] | None = None
     ) -> Tensor:
         """The loss function, then `accelerator.backward`."""
-        loss, outputs = self._run(self.wrapped, batch, keep=hook is not None)
+        loss, outputs = self._run(batch, keep=hook is not None)
         term = None if hook is None else hook(outputs, batch)
         if term is not None:
             loss = loss + term.to(loss.device) * (self.divisor * self.ranks)
@@ -75,15 +74,14 @@ class LoopHost(AcceleratorHost):
         self.accelerator.backward(loss, **towards)
         return loss.detach() / self.divisor
 
-    def forward(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
+    def forward(self, batch: Any) -> Any:
         """The outputs of the model inside the loss function; the last ones, if it calls the model several times."""
-        model = self.wrapped if weights is None else _Elsewhere(self.model, dict(weights))
-        return self._run(model, batch, keep=True)[1]
+        return self._run(batch, keep=True)[1]
 
     def row_backward(self, row: Any) -> None:
         """The loss of one row, without a reduction over ranks."""
         with self.unsynced():
-            self.accelerator.backward(self._run(self.wrapped, row)[0] * self.divisor)
+            self.accelerator.backward(self._run(row)[0] * self.divisor)
 
     @contextmanager
     def window(self, batches: Sequence[Any]) -> Iterator[None]:
@@ -95,32 +93,14 @@ class LoopHost(AcceleratorHost):
         finally:
             self.accelerator.gradient_accumulation_steps = before
 
-    def _run(self, model: Any, batch: Any, keep: bool = False) -> tuple[Tensor, Any]:
-        kept: list[Any] = []
-        handle = self.model.register_forward_hook(lambda module, inputs, output: kept.append(output)) if keep else None
-        try:
-            loss = self._loss_fn(model, batch)
-        finally:
-            if handle is not None:
-                handle.remove()
+    def _run(self, batch: Any, keep: bool = False) -> tuple[Tensor, Any]:
+        with self.watched() if keep else nullcontext([]) as kept:
+            loss = self._loss_fn(self.wrapped, batch)
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(f"loss_fn(model, batch) returns one loss, a tensor without dimensions; got {loss!r}.")
         if keep and not kept:
             raise ValueError("loss_fn did not call the model, so there are no outputs to look at.")
         return loss, kept[-1] if kept else None
-
-
-class _Elsewhere:
-    """The model at other weights, for a loss function that calls it."""
-
-    def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        self._model, self._weights = model, weights
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._model, self._weights, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
 
 class SharpStep:
@@ -174,7 +154,7 @@ class SharpStep:
         several = accelerator.gradient_accumulation_steps > 1
         refuse_needs(
             method,
-            {"names", "modules", "outputs", "rows"} | (set() if several else {"window", "terms"}),
+            {"names", "modules", "outputs", "rows", "index"} | (set() if several else {"window", "terms"}),
             "SharpStep meets the window's micro-batches one by one. Use SharpTrainer, or one micro-batch a step",
         )
         self.method, self.metrics, self._every = method, {}, measure_every

@@ -30,7 +30,7 @@ class ClosureHost(Host):
         model: whose names and modules the method may ask for, or None.
     """
 
-    rank, ranks, autocast = 0, 1, None
+    rank, ranks, autocast, shifts_labels = 0, 1, None, False
     total_steps = warmup_steps = None
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module | None) -> None:
@@ -73,7 +73,11 @@ class ClosureHost(Host):
         value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(0.0 if loss is None else float(loss))
         return value.sum()
 
-    def forward(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
+    def forward(self, batch: Any) -> Any:
+        """A closure has no outputs."""
+        raise NotImplementedError
+
+    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
         """A closure has no outputs."""
         raise NotImplementedError
 

@@ -59,6 +59,13 @@ class Part:
             landscape: the model's landscape, without data.
         """
 
+    def begin(self, landscape: Landscape) -> None:
+        """Called before every step's first pass, also at steps that a combinator leaves out. The default does nothing.
+
+        Args:
+            landscape: the step's, nothing evaluated yet.
+        """
+
     def moved(self, landscape: Landscape) -> dict[str, float]:
         """The parameters that are looked around in, for the note at the start of training.
 

@@ -159,7 +159,7 @@ class Passes(Facts):
             named |= {name: tensor for name, tensor in pairs if tensor is not None}
         with torch.no_grad(), streams_kept(self._devices):
             self._repeat_draws(self._current)
-            outputs = self.host.forward(batch, named)
+            outputs = self.host.again(batch, named)
         self.evaluations += FORWARD / max(self.size, len(self.batches), 1)
         return outputs
 
@@ -187,6 +187,14 @@ class Passes(Facts):
         finally:
             for module, training in modes:
                 module.training = training
+
+    def row_count(self) -> int:
+        """The number of rows of the micro-batch being evaluated.
+
+        Returns:
+            The number, on this rank.
+        """
+        return rows.count(self.batches[self._current])
 
     def first_row(self) -> int:
         """The number of the first row of the micro-batch being evaluated, counted over the window and all ranks.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hf_sharp.balls import Ball, L2Ball
 from hf_sharp.masks import Entries, Mask
 from hf_sharp.part import Part
-from hf_sharp.schedules import Schedule, radius
+from hf_sharp.schedules import Constant, Schedule, radius
 from hf_sharp.vector import TINY, ParamVector
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Perturbation(Part):
     mask: Mask | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rho, Constant):
+            object.__setattr__(self, "rho", self.rho.rho)
         if not callable(self.rho) or isinstance(self.rho, type):
             object.__setattr__(self, "rho", radius(self.rho))  # type: ignore[arg-type]
         if not isinstance(self.ball, Ball):

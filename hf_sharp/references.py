@@ -7,7 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_sharp.noise import input_embedding, noisy_inputs
+from hf_sharp.noise import input_embeddings, noisy_inputs
 from hf_sharp.part import Part
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class PretrainedWeights(Reference):
         weights = self._state.get("weights")
         return landscape.look(batch, None if weights is None else landscape.vector(weights))
 
-    def remember(self, landscape: Landscape) -> None:
-        """A copy of the weights, at the first step only."""
+    def begin(self, landscape: Landscape) -> None:
+        """A copy of the weights, at the first step of training only."""
         if "weights" not in self._state:
             self._state["weights"] = landscape.named(landscape.weights.scale(1.0))
 
@@ -96,7 +96,7 @@ class NoisyInputs(Reference):
 
     def check(self, landscape: Landscape) -> None:
         """Refuse a model whose input embedding cannot be found."""
-        input_embedding(landscape.host.model)
+        input_embeddings(landscape.host.model)
 
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
         """The outputs with noise."""

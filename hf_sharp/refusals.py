@@ -79,6 +79,7 @@ WANTED = {
     "rows": "the rows of the batch",
     "window": "all micro-batches of the window before the first is passed through",
     "terms": "a loss of named terms",
+    "index": "the numbers of the rows",
 }
 
 

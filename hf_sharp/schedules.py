@@ -45,6 +45,25 @@ def _progress(landscape: Landscape, steps: int | None, who: str) -> float:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """The same radius at every step, where a method would otherwise have a schedule of its own.
+
+    Args:
+        rho: the radius.
+    """
+
+    rho: float
+
+    def __post_init__(self) -> None:
+        radius(self.rho)
+
+    def __call__(self, landscape: Landscape) -> float:
+        """The radius."""
+        del landscape
+        return self.rho
+
+
+@dataclass(frozen=True)
 class Linear:
     """From `start` to `end` in a straight line over `steps` steps, then `end`.
 
@@ -108,6 +127,8 @@ class FollowsLearningRate:
     def __post_init__(self) -> None:
         radius(self.rho)
         radius(self.rho_min, "rho_min")
+        if self.rho_min > self.rho:
+            raise ValueError(f"rho_min is the radius at learning rate zero, at most rho: {self.rho_min} > {self.rho}.")
 
     def __call__(self, landscape: Landscape) -> float:
         """The radius at the landscape's learning rate."""

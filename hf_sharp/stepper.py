@@ -84,6 +84,8 @@ class Stepper:
     def _open(self, measuring: bool) -> Landscape:
         self._before = self.method.snapshot()
         self._landscape = Landscape(self.host, self._batches, measuring, self._pool, self._size)
+        for _, part in self.method.walk():
+            part.begin(self._landscape)
         self._landscape.opening = self.method.start(self._landscape)
         return self._landscape
 

@@ -33,9 +33,13 @@ class TermHost(Host):
         with self._host.window(self._batches):
             return self._host.backward(batch, only, hook)
 
-    def forward(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
+    def forward(self, batch: Any) -> Any:
         """The host's."""
-        return self._host.forward(batch, weights)
+        return self._host.forward(batch)
+
+    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
+        """The host's."""
+        return self._host.again(batch, weights)
 
     def row_backward(self, row: Any) -> None:
         """The host's."""

@@ -89,7 +89,7 @@ class SharpMixin:
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The Trainer's, without the rows' numbers, which are for the method and not for the model."""
-        if self.method is not None and isinstance(inputs, Mapping) and SAMPLE_INDEX in inputs:
+        if self._knows_samples() and isinstance(inputs, Mapping) and SAMPLE_INDEX in inputs:
             inputs = {key: value for key, value in inputs.items() if key != SAMPLE_INDEX}
         return super()._prepare_inputs(inputs)  # pyright: ignore
 
@@ -97,8 +97,11 @@ class SharpMixin:
         """The Trainer's, keeping the column with the rows' numbers."""
         super()._set_signature_columns_if_needed()  # pyright: ignore
         columns = self._signature_columns  # pyright: ignore
-        if self.method is not None and SAMPLE_INDEX not in columns:
+        if self._knows_samples() and SAMPLE_INDEX not in columns:
             columns.append(SAMPLE_INDEX)
+
+    def _knows_samples(self) -> bool:
+        return self.method is not None and any("index" in part.needs for _, part in self.method.walk())
 
     def _logs_next_step(self) -> bool:
         """Whether the step being made will be logged, as the Trainer's default flow decides it."""
@@ -202,8 +205,8 @@ class SharpMixin:
             dtype = next(iter(self._sharp_host.parameters.values())).dtype
             warnings.warn(
                 f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of "
-                f"{noise:.2f} times its length: so small a step rounds away in weights of {dtype}. Use float32 weights "
-                "with bf16=True, adapters, or a larger rho.",
+                f"{noise:.2f} times its length: so small a step rounds away in weights of {dtype}. Use float32 "
+                "weights with bf16=True, adapters, or a larger rho.",
                 stacklevel=2,
             )
         return metrics

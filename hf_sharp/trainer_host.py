@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import Trainer
 
 from hf_sharp.accelerate_host import AcceleratorHost, replaced
@@ -97,10 +97,17 @@ class TrainerHost(AcceleratorHost):
     def _watched(self, hook: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         """The Trainer's `compute_loss` with a term more; it cancels what the Trainer divides the loss by later."""
         original = self.trainer.compute_loss
+        takes = inspect.signature(original).parameters
+        if "return_outputs" not in takes and not any(p.kind == p.VAR_KEYWORD for p in takes.values()):
+            raise ValueError(
+                f"{type(self.trainer).__name__}.compute_loss takes no return_outputs, and this method looks at the "
+                "model's outputs: give it the signature of Trainer.compute_loss."
+            )
 
         def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **keywords: Any) -> Any:
             given = dict(inputs)  # the Trainer takes labels out of its own dict
-            loss, outputs = original(model, inputs, return_outputs=True, **keywords)
+            with self.watched():
+                loss, outputs = original(model, inputs, return_outputs=True, **keywords)
             term = hook(outputs, given)
             if term is not None:
                 loss = loss + term.to(loss.device) * (self._divisor() * self.ranks)
@@ -117,15 +124,17 @@ class TrainerHost(AcceleratorHost):
             scaled = counted or trainer.compute_loss_func is not None
         return 1 if scaled else trainer.current_gradient_accumulation_steps
 
-    def forward(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
-        """The wrapped model's outputs for the prepared inputs; with other weights, those of the model inside."""
+    def forward(self, batch: Any) -> Any:
+        """The wrapped model's outputs for the prepared inputs."""
         self._count(batch, share=1 / 3)
         self.wrapped.train()
-        inputs = self.trainer._prepare_inputs(batch)
         with self.trainer.compute_loss_context_manager():
-            if weights is None:
-                return self.wrapped(**inputs)
-            return functional_call(self.model, dict(weights), args=(), kwargs=dict(inputs))
+            return self.wrapped(**self.trainer._prepare_inputs(batch))
+
+    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
+        """The model inside, called with what it was called with in this pass."""
+        self._count(batch, share=1 / 3)
+        return super().again(batch, weights)
 
     def momentum(self) -> dict[str, Tensor] | None:
         """The optimizer's; before there is one, its name is looked at."""

@@ -250,14 +250,7 @@ class ParamVector:
         Returns:
             A new vector, None only where both have None.
         """
-
-        def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            if b is None:
-                return None if a is None else a.clone()
-            factor = alpha.to(b.device) if isinstance(alpha, Tensor) else alpha
-            return b * factor if a is None else a + b * factor
-
-        return ParamVector(plus(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
+        return self.map(torch.clone).add_(other, alpha)
 
     def add_(self, other: ParamVector, alpha: Scalar = 1.0) -> ParamVector:
         """Add `alpha` times the other, in place.

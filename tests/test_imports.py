@@ -49,7 +49,17 @@ ALLOWED: dict[str, set[str]] = {
     "methods.base": {"torch", ".landscape", ".answers", ".vector", ".part", ".perturbation"},
     "methods.*": {
         *("torch", ".landscape", ".answers", ".perturbation", ".part", ".vector"),
-        *(".methods.base", ".methods.ascent", ".objectives", ".references", ".noise", ".balls", ".rows", ".schedules"),
+        *(
+            ".methods.base",
+            ".methods.ascent",
+            ".methods.sometimes",
+            ".objectives",
+            ".references",
+            ".noise",
+            ".balls",
+            ".rows",
+            ".schedules",
+        ),
     },
     "diagnostics.*": {"torch", ".landscape", ".perturbation", ".vector"},
     # floor 5
@@ -58,7 +68,8 @@ ALLOWED: dict[str, set[str]] = {
         ".presets",
     },
     "stepper": {"torch", ".shift", "accelerate", ".landscape", ".answers", ".host", ".part", ".methods.base"},
-    "accelerate_host": {"torch", "accelerate", ".host", ".momentum"},
+    "labels": {"transformers"},
+    "accelerate_host": {"torch", "accelerate", ".host", ".momentum", ".labels"},
     "loop": {
         *("torch", "accelerate", ".landscape", ".host", ".stepper", ".methods.base"),
         *(".accelerate_host", ".refusals"),

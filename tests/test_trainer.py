@@ -429,7 +429,7 @@ def test_metrics_are_logged_with_the_epoch_strategy(tmp_path):
 def test_bf16_weights_that_swallow_the_shift_are_named_once(tmp_path):
     model = tiny_bert(dropout=0.0).bfloat16()
     model.accepts_loss_kwargs = False
-    with pytest.warns(UserWarning, match="rounds away in 16-bit weights") as warned:
+    with pytest.warns(UserWarning, match="rounds away in weights of") as warned:
         trainer = train(SharpTrainer, model, text_rows(20), tmp_path, method=sam(0.001))
     lines = [line for line in trainer.state.log_history if "sharp_component" in line]
     lost = [line for line in lines if abs(line["sharp_component"] - 1) > 0.25 or line["sharp_noise"] > 2]

@@ -176,6 +176,8 @@ def test_the_first_weights_of_an_adapter_are_the_model_without_it(tmp_path):
     with torch.no_grad(), model.disable_adapter():
         expected = model(**batch).logits
     landscape = Landscape(trainer._sharp_host, [batch])
+    with trainer._sharp_host.watched():
+        model(**batch)
     torch.testing.assert_close(landscape.look(batch, landscape.vector(kept)).logits, expected)
     assert not torch.equal(landscape.look(batch).logits, expected)
 

@@ -19,7 +19,7 @@ class ToyHost(Host):
     """
 
     total_steps, warmup_steps, lr, lr_max, seed = 10, 2, 0.05, 0.1, 7
-    rank, ranks, autocast = 0, 1, None
+    rank, ranks, autocast, shifts_labels = 0, 1, None, False
 
     def __init__(self, model, frozen=(), scale=1.0):
         self.model, self.step = model, 0
@@ -38,8 +38,11 @@ class ToyHost(Host):
         self.calls.append(len(next(iter(batch.values()))))
         return loss.detach()
 
-    def forward(self, batch, weights=None):
-        return functional_call(self.model.train(), dict(weights or {}), (), batch)
+    def forward(self, batch):
+        return self.model.train()(**batch)
+
+    def again(self, batch, weights):
+        return functional_call(self.model.train(), weights, (), batch)
 
     def momentum(self):
         return None

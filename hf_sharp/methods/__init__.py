@@ -1,11 +1,10 @@
 """Methods: each a short program over the landscape, one a file."""
 
 from hf_sharp.methods.adaptive import Adaptive as Adaptive
+from hf_sharp.methods.after import After as After
 from hf_sharp.methods.base import Method as Method
-from hf_sharp.methods.combinators import After as After
-from hf_sharp.methods.combinators import Every as Every
-from hf_sharp.methods.combinators import WithProbability as WithProbability
 from hf_sharp.methods.curvature import CurvatureRegularization as CurvatureRegularization
+from hf_sharp.methods.every import Every as Every
 from hf_sharp.methods.friendly import FriendlySAM as FriendlySAM
 from hf_sharp.methods.gam import GAM as GAM
 from hf_sharp.methods.gradient_penalty import GradientPenalty as GradientPenalty
@@ -22,4 +21,5 @@ from hf_sharp.methods.sum import Sum as Sum
 from hf_sharp.methods.tram import TRAM as TRAM
 from hf_sharp.methods.tram_fisher import TRAMFisher as TRAMFisher
 from hf_sharp.methods.vasso import VaSSO as VaSSO
+from hf_sharp.methods.with_probability import WithProbability as WithProbability
 from hf_sharp.methods.wsam import WSAM as WSAM

@@ -46,7 +46,7 @@ class Adaptive(Method):
         if not isinstance(self.method, Method):
             raise ValueError(f"method is a Method, such as SAM(Perturbation(rho=0.05)); got {self.method!r}.")
         share(self.decay, "decay", "how much of the old statistics is kept", zero=True)
-        if type(self.method).start is not Method.start and self.method.cost < 2:
+        if any(getattr(part, "ahead", False) for _, part in self.method.walk()) or "terms" in self.method.needs:
             raise ValueError(self._refusal())
 
     @property

@@ -37,6 +37,11 @@ class Ascent(Method):
         share(self.fraction, "fraction", "the share of the window for the ascent")
 
     @property
+    def ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """On a fraction the host's own pass is the shifted one."""
+        return self.fraction < 1
+
+    @property
     def needs(self) -> frozenset[str]:
         """A part of the window is chosen before its first pass."""
         return frozenset({"window"} if self.fraction < 1 else ())

@@ -22,6 +22,8 @@ class Method(Part):
     A subclass is a frozen dataclass of settings with a `gradient`; what it remembers from step to step is in `_state`.
     """
 
+    ahead = False  # whether its first evaluation is not the plain gradient at the present weights
+
     @property
     @abstractmethod
     def cost(self) -> float:

@@ -2,7 +2,8 @@
 
     L + lam T^2 KL(softmax(teacher / T) || softmax(model / T)),  teacher weights <- decay teacher + (1 - decay) w
 
-The mean is over the positions that the loss looks at. The logged loss holds the added term.
+The mean is over the positions that the loss looks at; the teacher is kept in float32 or better. The logged loss holds
+the added term.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from hf_sharp.answers import Evaluation, Opening
@@ -36,6 +38,7 @@ class MESA(Method):
     """
 
     remembers = True
+    ahead = True
 
     lam: float = 0.8
     decay: float = 0.999
@@ -58,8 +61,9 @@ class MESA(Method):
 
     def start(self, landscape: Landscape) -> Opening:
         """The teacher takes in the present weights; its term belongs to the first evaluation."""
-        old, here = self._state.get("teacher"), landscape.weights
-        new = here.scale(1.0) if old is None else here.scale(1 - self.decay).add_(landscape.vector(old), self.decay)
+        here = landscape.weights.map(lambda w: w.to(torch.promote_types(w.dtype, torch.float32), copy=True))
+        old = landscape.named(here) | self._state.get("teacher", {})  # a weight that was frozen before joins as it is
+        new = landscape.vector(old).scale(self.decay).add_(here, 1 - self.decay) if "teacher" in self._state else here
         self._state["teacher"] = landscape.named(new)
         count = landscape.over_ranks(window_positions(landscape.batches, landscape.shifts_labels))
         return Opening(add=lambda outputs, batch: self._term(outputs, batch, landscape, new, count))
@@ -69,6 +73,6 @@ class MESA(Method):
         return landscape.evaluate()
 
     def _term(self, outputs: Any, batch: Any, landscape: Landscape, teacher: ParamVector, count: Tensor) -> Tensor:
-        reference = landscape.look(batch, teacher)
+        reference = landscape.look(batch, landscape.cast(teacher))
         summed = kl_sum(reference, outputs, batch, landscape.shifts_labels, temperature=self.temperature)
         return self.lam * self.temperature**2 * summed / count.to(summed.device).clamp_min(1)

@@ -33,6 +33,8 @@ class MSAM(Method):
         1.0
     """
 
+    ahead = True
+
     perturbation: Perturbation
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class PreviousGradientSAM(Method):
     """
 
     remembers = True
+    ahead = True
 
     perturbation: Perturbation
 

@@ -41,6 +41,7 @@ class SAF(Method):
     """
 
     remembers = True
+    ahead = True
 
     lam: float = 0.3
     lag: int = 3
@@ -54,7 +55,7 @@ class SAF(Method):
     @property
     def needs(self) -> frozenset[str]:
         """What the door must provide."""
-        return frozenset({"outputs", "window"})
+        return frozenset({"outputs", "window", "index"})
 
     @property
     def cost(self) -> float:

@@ -32,6 +32,8 @@ class RandomizedSmoothing(Method):
         3.0
     """
 
+    ahead = True
+
     sigma: float = 0.001
     samples: int = 3
 

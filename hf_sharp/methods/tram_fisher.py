@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_sharp.answers import Evaluation
 from hf_sharp.methods.base import Method, at_least
-from hf_sharp.noise import input_embedding, noisy_inputs
+from hf_sharp.noise import input_embeddings, noisy_inputs
 from hf_sharp.schedules import Schedule, radius
 from hf_sharp.vector import TINY, ParamVector
 
@@ -59,7 +59,7 @@ class TRAMFisher(Method):
 
     def check(self, landscape: Landscape) -> None:
         """Refuse a model whose input embedding cannot be found."""
-        input_embedding(landscape.host.model)
+        input_embeddings(landscape.host.model)
 
     def moved(self, landscape: Landscape) -> dict[str, float]:
         """Everything moves."""

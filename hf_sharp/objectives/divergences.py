@@ -99,18 +99,45 @@ def kl_sum(
 
     Returns:
         A 0-dim tensor in float32 or better.
+
+    Raises:
+        ValueError: if the outputs are no distributions over the labels' positions.
     """
     marks, theirs, ours = _marks(batch), logits_of(reference).detach(), logits_of(outputs)
-    if marks is not None and ours.shape[:-1] == marks.shape:
-        if shifted:
-            marks, theirs, ours = marks[..., 1:], theirs[..., :-1, :], ours[..., :-1, :]
-        theirs, ours = theirs[marks], ours[marks]
+    if ours.shape[-1] < 2:
+        raise ValueError(
+            f"A divergence between outputs needs two classes or more, and these logits are {tuple(ours.shape)}: "
+            "for regression there is none. Use a method that needs gradients only, such as SAM."
+        )
+    if marks is not None and not (ours.ndim == 2 and marks.shape[1:] == (1,)):
+        theirs, ours = (_chosen(x, marks, shifted) for x in (theirs, ours))
     p, q = (_log_probabilities(x, temperature) for x in (theirs, ours))
-    forward = functional.kl_div(q, p, reduction="sum", log_target=True)
     if kind == "forward":
-        return forward
-    reverse = functional.kl_div(p, q, reduction="sum", log_target=True)
-    return reverse if kind == "reverse" else (forward + reverse) / 2
+        return _kl(p, q)
+    return _kl(q, p) if kind == "reverse" else (_kl(p, q) + _kl(q, p)) / 2
+
+
+def _chosen(logits: Tensor, marks: Tensor, shifted: bool) -> Tensor:
+    """The logits at the positions that count; of more positions than labels, as under prompt tuning, the last ones."""
+    places = marks.shape[1]
+    if (
+        logits.ndim != marks.ndim + 1
+        or logits.shape[0] != marks.shape[0]
+        or logits.shape[1] < places
+        or marks.ndim != 2
+    ):
+        raise ValueError(
+            f"Logits of shape {tuple(logits.shape)} do not belong, position by position, to labels of shape "
+            f"{tuple(marks.shape)}, so no divergence can be taken. Use a method of gradients alone, such as SAM."
+        )
+    logits = logits[:, -places:]
+    return logits[:, :-1][marks[:, 1:]] if shifted else logits[marks]
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(exp(p) || exp(q)), summed; what has no probability under p adds nothing."""
+    impossible = p == -torch.inf
+    return (p.exp() * (p.masked_fill(impossible, 0.0) - q.masked_fill(impossible, 0.0))).sum()
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:

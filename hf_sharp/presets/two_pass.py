@@ -12,7 +12,7 @@ from hf_sharp.schedules import FollowsLearningRate
 
 def gsam(
     rho: Rho = 0.05,
-    rho_min: float = 0.01,
+    rho_min: float | None = None,
     alpha: float = 0.4,
     minimize_fp: bool = True,
     interval: int = 1,
@@ -22,7 +22,7 @@ def gsam(
 
     Args:
         rho: the radius at the largest learning rate; it follows the learning rate. The paper's ViT from scratch: 0.6.
-        rho_min: the radius at learning rate zero. The paper's ViT: 0.1.
+        rho_min: the radius at learning rate zero; a sixth of rho if None, as the paper's 0.1 is of its 0.6.
         alpha: how much of the orthogonal part is removed; 0 gives SAM. The paper's ViT: 0.6.
         minimize_fp: True descends the perturbed loss, as in the paper; False is the official code's other form.
         interval: the method at every so many steps only, plain training between.
@@ -30,8 +30,13 @@ def gsam(
 
     Returns:
         The method, of cost 2.
+
+    Raises:
+        ValueError: if `rho_min` is given beside a schedule.
     """
-    schedule = scheduled(rho, lambda radius: FollowsLearningRate(radius, rho_min))
+    if callable(rho) and rho_min is not None:
+        raise ValueError("rho_min belongs to the schedule that gsam has by itself, and rho is another schedule.")
+    schedule = scheduled(rho, lambda radius: FollowsLearningRate(radius, radius / 6 if rho_min is None else rho_min))
     return timed(GSAM(Perturbation(schedule), alpha, minimize_fp), interval, start)
 
 
@@ -136,8 +141,14 @@ def tram(
         The method, of cost 2 + 1/3; "fisher" 3.
 
     Raises:
-        ValueError: if there is no such reference.
+        ValueError: if there is no such reference, or it does not use an option that is set.
     """
+    foreign = {"kl": (kl, "forward"), "scale": (scale, 1.0), "max_radius": (max_radius, None)}
+    if reference != "fisher":
+        foreign = {"rho": (rho, 0.1)} | ({} if reference == "noise" else {"sigma": (sigma, 0.1)})
+    unused = [name for name, (value, default) in foreign.items() if value != default]
+    if unused:
+        raise ValueError(f"tram(reference={reference!r}) does not use {' and '.join(unused)}.")
     if reference == "fisher":
         return timed(TRAMFisher(rho, sigma, 0.1 if eta is None else eta), interval, start)
     references = {"previous": PreviousWeights, "pretrained": PretrainedWeights, "noise": lambda: NoisyInputs(sigma)}

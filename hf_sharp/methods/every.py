@@ -1,0 +1,51 @@
+"""A method at every k-th step only. Cost: (method + k - 1) / k.
+
+The memory of a method that has one moves only at its own steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_sharp.methods.base import Method, steps
+from hf_sharp.methods.sometimes import Sometimes, is_method
+
+if TYPE_CHECKING:
+    from hf_sharp.landscape import Landscape
+
+
+@dataclass(frozen=True)
+class Every(Sometimes):
+    """The method at every `interval`-th step only, the first included (composer's SAM: interval 10 with rho 0.5).
+
+    Args:
+        interval: used at steps that this divides.
+        method: the method.
+
+    Example:
+        >>> from hf_sharp import SAM, Perturbation
+        >>> Every(10, SAM(Perturbation(rho=0.5))).cost
+        1.1
+    """
+
+    interval: int
+    method: Method
+
+    def __post_init__(self) -> None:
+        steps(self.interval, "interval")
+        is_method(self.method)
+
+    @property
+    def inner(self) -> Method:
+        """The method."""
+        return self.method
+
+    @property
+    def cost(self) -> float:
+        """The mean over `interval` steps."""
+        return (self.method.cost + self.interval - 1) / self.interval
+
+    def due(self, landscape: Landscape) -> bool:
+        """At steps that `interval` divides."""
+        return landscape.step % self.interval == 0
