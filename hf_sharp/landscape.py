@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from hf_sharp.answers import Evaluation, Hook, Names, Opening
 from hf_sharp.host import Host
 from hf_sharp.passes import Passes
+from hf_sharp.rounding import cast_by_autocast, move_rounded_
 from hf_sharp.shift import Pool, displaced, realised, seen
 from hf_sharp.terms import TermHost, part_of
 from hf_sharp.vector import ParamVector, copy_, move_, total
@@ -47,6 +48,7 @@ class Landscape(Passes):
         size: how many micro-batches the window will have; None for as many as are given.
 
     Attributes:
+        rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" or "nearest".
         metrics: what was measured of the last shift, 0-dim tensors by name.
         slope: <g, e>, noted by the perturbation while both are known.
         doubt: a 0-dim tensor, 0 or NaN, that is added to the gradient handed over: NaN if something that the method
@@ -64,6 +66,8 @@ class Landscape(Passes):
         super().__init__(host, batches, size)
         self.measuring = measuring
         self._pool = Pool() if pool is None else pool
+        self.rounding = "stochastic"
+        self._shifts, self._collected = 0, False
         self.metrics: dict[str, Tensor] = {}
         self.slope: Tensor | None = None
         self.doubt: Tensor | None = None
@@ -84,6 +88,7 @@ class Landscape(Passes):
         if term not in self._terms:
             batches = [part_of(batch, term) for batch in self.batches]
             self._terms[term] = Landscape(TermHost(self.host, batches), batches, self.measuring, self._pool)
+            self._terms[term].rounding = self.rounding
         return self._terms[term]
 
     def first_pass(self, batch: Any) -> Tensor:
@@ -141,18 +146,19 @@ class Landscape(Passes):
         if epsilon.given_up:
             epsilon.tensors = [None] * len(epsilon.tensors)
         del epsilon
+        grids = self._grids(weights)
         with displaced(weights, self._pool) as saved:
-            with torch.no_grad():
-                move_(weights, steps)
+            self._move(weights, steps, grids, [self.names[index] for index in where])
             if self.measuring:
-                self.metrics |= realised(weights, saved, steps)
+                self.metrics |= realised(weights, saved, steps, grids)
             del steps
             torch.clear_autocast_cache()  # inside an outer autocast region, casts of the old weights live on
             self._there = None
             yield
             if self.measuring and self._there is not None:
-                self._measure(self._there, where, weights, saved)
+                self._measure(self._there, where, weights, saved, grids)
         self._there = self.slope = None
+        self._shifts += 1 if self._collected else 0
 
     @contextmanager
     def at(self, weights: ParamVector) -> Iterator[None]:
@@ -212,6 +218,8 @@ class Landscape(Passes):
         fresh = bool(self._losses)
         super()._collect_first()
         if fresh and self._first is not None:
+            self._collected = True
+            self._shifts += 1
             self._here = self._first.loss if self._first.grad.fresh else None
 
     def _replay(
@@ -227,13 +235,46 @@ class Landscape(Passes):
         self._there = evaluation if whole else None
         return evaluation
 
+    def _grids(self, weights: list[nn.Parameter]) -> list[torch.dtype | None]:
+        """The 16-bit format in which a forward sees each weight, None where it sees all of it."""
+        cast = set() if self.autocast is None else cast_by_autocast(self.modules.values())
+        grids = []
+        for weight in weights:
+            narrow = weight.dtype if weight.dtype.itemsize == 2 else None
+            grids.append(narrow or (self.autocast if id(weight) in cast else None))
+        return grids
+
+    @torch.no_grad()
+    def _move(
+        self,
+        weights: list[nn.Parameter],
+        steps: list[Tensor],
+        grids: list[torch.dtype | None],
+        names: list[str],
+    ) -> None:
+        """Add the steps; where a forward sees 16 bits, rounded at random so that it sees them whole on average."""
+        rounded = [grid is not None and self.rounding == "stochastic" for grid in grids]
+        plain = [(w, s) for w, s, r in zip(weights, steps, rounded, strict=True) if not r]
+        move_([w for w, _ in plain], [s for _, s in plain])
+        for weight, step, grid, name in zip(weights, steps, grids, names, strict=True):
+            if grid is not None and self.rounding == "stochastic":
+                generator = self.random(f"round/{self._shifts}/{name}", weight.device)
+                move_rounded_(weight, step, grid, generator)
+
     def _at(self, where: list[int]) -> list[nn.Parameter]:
         parameters = list(self.host.parameters.values())
         return [parameters[index] for index in where]
 
-    def _measure(self, there: Evaluation, where: list[int], weights: list[nn.Parameter], saved: list[Tensor]) -> None:
+    def _measure(
+        self,
+        there: Evaluation,
+        where: list[int],
+        weights: list[nn.Parameter],
+        saved: list[Tensor],
+        grids: list[torch.dtype | None],
+    ) -> None:
         grads = [there.grad.tensors[index] for index in where]
-        self.metrics["sharp_cos"], along, squared = seen(weights, saved, grads, there.grad)
+        self.metrics["sharp_cos"], along, squared = seen(weights, saved, grads, there.grad, grids)
         if self.slope is not None:
             bend = (along - self.slope) / squared / self.loss_scale
             self.metrics["sharp_kappa"] = torch.where(squared == 0, torch.zeros_like(bend), bend)

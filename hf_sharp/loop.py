@@ -119,6 +119,7 @@ class SharpStep:
         warmup_steps: how many of them the learning rate warms up.
         seed: of what methods draw.
         measure_every: measure `metrics` at steps that this divides; 0 for never.
+        rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" or "nearest".
 
     Attributes:
         metrics: what the last measured step measured (`sharp_gap` and others), 0-dim tensors or numbers by name.
@@ -145,6 +146,7 @@ class SharpStep:
         warmup_steps: int | None = None,
         seed: int = 42,
         measure_every: int = 0,
+        rounding: str = "stochastic",
     ) -> None:
         if not isinstance(method, Method):
             raise ValueError(f"method is a Method, such as sam(rho=0.05); got {method!r}.")
@@ -160,7 +162,7 @@ class SharpStep:
         self.method, self.metrics, self._every = method, {}, measure_every
         self._host = LoopHost(model, optimizer, accelerator, loss_fn)
         self._host.seed, self._host.total_steps, self._host.warmup_steps = seed, total_steps, warmup_steps
-        self._stepper = Stepper(method, self._host)
+        self._stepper = Stepper(method, self._host, rounding)
         landscape = Landscape(self._host)
         if not landscape.names:
             raise ValueError("The optimizer holds no trainable parameter of the model: nothing to perturb.")

@@ -118,6 +118,7 @@ class SharpOptimizer(torch.optim.Optimizer):
         model: whose parameters these are; for methods that go by names or modules, and to keep BatchNorm's statistics
             and other buffers from moving twice.
         seed: of what methods draw.
+        rounding: how shifts are added to 16-bit weights: "stochastic" or "nearest".
 
     Raises:
         ValueError: if the method cannot be right here; the message says why, and the way out.
@@ -136,7 +137,12 @@ class SharpOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, method: Method, model: nn.Module | None = None, seed: int = 42
+        self,
+        optimizer: torch.optim.Optimizer,
+        method: Method,
+        model: nn.Module | None = None,
+        seed: int = 42,
+        rounding: str = "stochastic",
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "step_was_skipped"):
             raise ValueError(
@@ -154,7 +160,7 @@ class SharpOptimizer(torch.optim.Optimizer):
         )
         host.seed = seed
         self.base, self.method, self._host = optimizer, method, host
-        self._stepper, self._warned = Stepper(method, host), False
+        self._stepper, self._warned = Stepper(method, host, rounding), False
         landscape = Landscape(host)
         if not landscape.names:
             raise ValueError("The optimizer holds no trainable parameter, so there is nothing to perturb.")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hf_sharp.rounding import on_grid
 from hf_sharp.vector import TINY, ParamVector, chunks, copy_, total, wide
 
 
@@ -93,22 +94,28 @@ def _restore(weights: Sequence[nn.Parameter], saved: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def realised(weights: Sequence[nn.Parameter], saved: Sequence[Tensor], steps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """How much of the intended shift the weights took on: in 16-bit weights most of it can round away.
+def realised(
+    weights: Sequence[nn.Parameter],
+    saved: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    grids: Sequence[torch.dtype | None],
+) -> dict[str, Tensor]:
+    """How much of the intended shift a forward sees: of 16-bit weights most of it can round away.
 
     Args:
         weights: the shifted weights w'.
         saved: the weights w before the shift.
         steps: the intended shift e.
+        grids: the 16-bit format in which a forward sees each weight, None for all of it.
 
     Returns:
         `sharp_component` = <w' - w, e> / |e|^2, which should be 1, and `sharp_noise` = |w' - w - e| / |e|; 1 and 0
         for e = 0.
     """
     along, length, noise = [], [], []
-    for weight, old, step in zip(weights, saved, steps, strict=True):
+    for weight, old, step, grid in zip(weights, saved, steps, grids, strict=True):
         for new, before, part in chunks(weight.detach(), old, step):
-            wanted, real = wide(part), wide(new) - wide(before)
+            wanted, real = wide(part), on_grid(new, grid) - on_grid(before, grid)
             along.append((real * wanted).sum())
             length.append(wanted.square().sum())
             noise.append(real.sub_(wanted).square().sum())
@@ -122,7 +129,11 @@ def realised(weights: Sequence[nn.Parameter], saved: Sequence[Tensor], steps: Se
 
 @torch.no_grad()
 def seen(
-    weights: Sequence[nn.Parameter], saved: Sequence[Tensor], grads: Sequence[Tensor | None], there: ParamVector
+    weights: Sequence[nn.Parameter],
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    there: ParamVector,
+    grids: Sequence[torch.dtype | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the gradient at the shifted weights says of the shift, with e = w' - w taken tensor by tensor.
 
@@ -131,15 +142,16 @@ def seen(
         saved: the weights w before the shift.
         grads: the gradient g_s at w', for the shifted weights only.
         there: the whole gradient g_s.
+        grids: the 16-bit format in which a forward sees each weight, None for all of it.
 
     Returns:
         cos(g_s, e), <g_s, e> and |e|^2.
     """
     along, length = [], []
-    for weight, old, grad in zip(weights, saved, grads, strict=True):
+    for weight, old, grad, grid in zip(weights, saved, grads, grids, strict=True):
         gradient = torch.zeros_like(old) if grad is None else grad
         for new, before, part in chunks(weight.detach(), old, gradient):
-            epsilon = wide(new) - wide(before)
+            epsilon = on_grid(new, grid) - on_grid(before, grid)
             length.append(epsilon.square().sum())
             along.append((wide(part) * epsilon).sum())
     product, squared = total(along), total(length)

@@ -11,6 +11,7 @@ from hf_sharp.host import Host
 from hf_sharp.landscape import Landscape
 from hf_sharp.methods.base import Method
 from hf_sharp.part import State
+from hf_sharp.rounding import CHOICES
 from hf_sharp.shift import Pool
 
 
@@ -20,12 +21,16 @@ class Stepper:
     Args:
         method: the rule for getting a gradient.
         host: the training loop.
+        rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" or "nearest".
 
     Attributes:
         metrics: what the last measured step measured, 0-dim tensors by name, and `sharp_evaluations`.
     """
 
-    def __init__(self, method: Method, host: Host) -> None:
+    def __init__(self, method: Method, host: Host, rounding: str = "stochastic") -> None:
+        if rounding not in CHOICES:
+            raise ValueError(f"rounding is one of {', '.join(CHOICES)}; got {rounding!r}.")
+        self.rounding = rounding
         self.method = method
         self.host = host
         self.metrics: dict[str, Tensor | float] = {}
@@ -84,6 +89,7 @@ class Stepper:
     def _open(self, measuring: bool) -> Landscape:
         self._before = self.method.snapshot()
         self._landscape = Landscape(self.host, self._batches, measuring, self._pool, self._size)
+        self._landscape.rounding = self.rounding
         for _, part in self.method.walk():
             part.begin(self._landscape)
         self._landscape.opening = self.method.start(self._landscape)

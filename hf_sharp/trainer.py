@@ -42,10 +42,13 @@ class SharpMixin:
     Args:
         *args: the Trainer's.
         method: a `Method`, a `SharpConfig`, a dict of its settings, a preset's name, or None for the Trainer as it is.
+        rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" (right on average, with noise)
+            or "nearest" (most of a small shift is lost).
         **kwargs: the Trainer's.
     """
 
-    def __init__(self, *args: Any, method: MethodLike = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, method: MethodLike = None, rounding: str = "stochastic", **kwargs: Any) -> None:
+        self._sharp_rounding = rounding
         self.method, self.sharp_config = read_method(method)
         self._sharp_stepper: Stepper | None = None
         self._sharp_announced = self._sharp_warned = False
@@ -53,7 +56,7 @@ class SharpMixin:
         self._sharp_host = TrainerHost(self, super().training_step)  # pyright: ignore
         if self.method is not None:
             refuse(self, self.method)  # pyright: ignore
-            self._sharp_stepper = Stepper(self.method, self._sharp_host)
+            self._sharp_stepper = Stepper(self.method, self._sharp_host, rounding)
             if self.model is not None:  # pyright: ignore
                 self._check_method()
 
@@ -132,7 +135,7 @@ class SharpMixin:
         if self.method is None:
             return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
         self.method.reset()
-        self._sharp_stepper = Stepper(self.method, self._sharp_host)
+        self._sharp_stepper = Stepper(self.method, self._sharp_host, self._sharp_rounding)
         self._sharp_host.flops, self._sharp_warned = 0.0, False
         self._check_method()
         if not self._sharp_announced and self.is_world_process_zero():  # pyright: ignore

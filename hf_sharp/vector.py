@@ -75,6 +75,8 @@ def move_(targets: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
         targets: the tensors that change.
         steps: of the same shapes.
     """
+    if not targets:
+        return
     if alike(targets, steps):
         torch._foreach_add_(list(targets), list(steps))
     else:

@@ -26,7 +26,16 @@ def arguments(folder: Any, **settings: Any) -> TrainingArguments:
 
 def build(cls: type[Trainer], model: Any, rows: Rows, folder: Any, **settings: Any) -> Trainer:
     """A Trainer; settings that are the Trainer's own are `method`, `optimizers`, `callbacks` and the like."""
-    own = {"method", "optimizers", "callbacks", "compute_loss_func", "eval_dataset", "data_collator", "model_init"}
+    own = {
+        "method",
+        "rounding",
+        "optimizers",
+        "callbacks",
+        "compute_loss_func",
+        "eval_dataset",
+        "data_collator",
+        "model_init",
+    }
     given = {name: settings.pop(name) for name in own & set(settings)}
     trainer = cls(model=model, args=arguments(folder, **settings), train_dataset=rows, **given)
     return trainer

@@ -430,6 +430,7 @@ def test_the_realised_shift_of_bf16_weights_is_measured():
     model = nn.Linear(300, 300).to(torch.bfloat16)
     host = ToyHost(model)
     landscape = Landscape(host, measuring=True)
+    landscape.rounding = "nearest"
     epsilon = ParamVector(1e-5 * torch.ones_like(p) for p in model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     with landscape.shifted(epsilon):

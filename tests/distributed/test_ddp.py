@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from cases import METHODS
 from doors import train, weights
-from hf_sharp import SharpTrainer
-from models import mlp_rows, tiny_mlp
+from hf_sharp import SharpStep, SharpTrainer, vasso
+from models import mlp_rows, tiny_mlp, windows_of
+from references import flat
 
 HERE = Path(__file__).parent
 
@@ -39,6 +42,9 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_are_one_process(name, two_ranks, tmp_path):
+    if METHODS[name].visits:
+        assert "Use MESA" in two_ranks[name]["refused"]
+        return
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     one = train(SharpTrainer, tiny_mlp(), mlp_rows(40), tmp_path, method=METHODS[name].method(), **sizes)
     torch.testing.assert_close(two_ranks[name]["weights"], weights(one), rtol=0, atol=1e-12)
@@ -50,3 +56,22 @@ def test_two_ranks_are_one_process(name, two_ranks, tmp_path):
 @pytest.mark.distributed
 def test_the_per_sample_mask_is_the_same_on_both_ranks(two_ranks):
     assert two_ranks["per_sample"]["spread"] == 0
+
+
+@pytest.mark.distributed
+def test_a_loop_on_two_ranks_is_one_process(two_ranks):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = tiny_mlp()
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    sharp = SharpStep(vasso(0.1), prepared, optimizer, accelerator, lambda model, batch: model(**batch)["loss"])
+    for window in windows_of(mlp_rows(40), micro=4, accumulate=2):
+        for batch in window:
+            with accelerator.accumulate(prepared):
+                sharp.backward(batch)
+                optimizer.step()
+                optimizer.zero_grad()
+    torch.testing.assert_close(two_ranks["loop"]["weights"], flat(model), rtol=0, atol=1e-12)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -7,11 +7,33 @@ if __name__ == "__main__":
     sys.path[:0] = sys.argv[2].split(os.pathsep)
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import GradientState
 
 from cases import METHODS
 from doors import train, weights
-from hf_sharp import SharpTrainer, fsam
-from models import mlp_rows, tiny_mlp
+from hf_sharp import SharpStep, SharpTrainer, fsam, vasso
+from models import mlp_rows, tiny_mlp, windows_of
+from references import flat
+
+
+def by_loop() -> torch.Tensor:
+    """VaSSO in a hand-written loop, each rank with its half of every micro-batch."""
+    GradientState._reset_state()  # the Trainers before left theirs
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    assert accelerator.num_processes == 2
+    model = tiny_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    sharp = SharpStep(vasso(0.1), model, optimizer, accelerator, lambda model, batch: model(**batch)["loss"])
+    for window in windows_of(mlp_rows(40), micro=4, accumulate=2):
+        for batch in window:
+            half = slice(2 * accelerator.process_index, 2 * accelerator.process_index + 2)
+            with accelerator.accumulate(model):
+                sharp.backward({key: value[half] for key, value in batch.items()})
+                optimizer.step()
+                optimizer.zero_grad()
+    return flat(accelerator.unwrap_model(model))
 
 
 def main(folder: str) -> None:
@@ -21,6 +43,12 @@ def main(folder: str) -> None:
         "per_sample": fsam(fisher="per_sample", samples=2),
     }.items():
         sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        if any("index" in part.needs for _, part in method.walk()):
+            try:
+                train(SharpTrainer, tiny_mlp(), mlp_rows(40), folder, method=method, **sizes)
+            except ValueError as error:
+                results[name] = {"refused": str(error)}
+            continue
         trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(40), folder, method=method, **sizes)
         assert trainer.accelerator.num_processes == 2 == dist.get_world_size()
         mine = weights(trainer)
@@ -28,6 +56,7 @@ def main(folder: str) -> None:
         dist.all_gather(both, mine)
         gaps = [line["sharp_gap"] for line in trainer.state.log_history if "sharp_gap" in line]
         results[name] = {"weights": mine, "spread": (both[0] - both[1]).abs().max(), "gaps": gaps}
+    results["loop"] = {"weights": by_loop()}
     if dist.get_rank() == 0:
         torch.save(results, os.path.join(folder, "results.pt"))
     dist.barrier()
