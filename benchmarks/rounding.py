@@ -2,8 +2,8 @@
 
     python benchmarks/rounding.py [--device cuda]
 
-Weights N(0, 0.02) on the bf16 grid, a Gaussian perturbation of length rho: its component along itself (should be 1) and
-the noise added, in units of its length.
+Weights N(0, 0.02) on the bf16 grid, a Gaussian perturbation of length rho: its component along itself (should be 1)
+and the noise added, in units of its length.
 """
 
 from __future__ import annotations
