@@ -71,6 +71,7 @@ class Opening(NamedTuple):
         only: names of the parameters whose gradient it must give; None for all.
         add: add(outputs, batch) is a term added to the loss of each micro-batch, in the units of the window's loss.
         reduce: reduce(outputs, batch) is summed over the window without gradients, as `Evaluation.reduced`.
+        synced: whether its gradient is reduced over ranks; if not, each rank goes on with its own.
         terms: weights of the named terms of the loss; each term's landscape has an opening of its own then, and the
             rest of this one stays empty.
     """
@@ -79,4 +80,5 @@ class Opening(NamedTuple):
     only: Names | None = None
     add: Hook | None = None
     reduce: Hook | None = None
+    synced: bool = True
     terms: Mapping[str, float] | None = None

@@ -78,6 +78,7 @@ class SharpConfig:
         temperature: of mesa's and saf's divergence.
         lag: how many visits ago saf looks.
         fraction: share of the window for the ascent of sam and its kin.
+        per_rank: whether each rank of sam and its kin ascends by its own rows.
         interval: the method at every so many steps only.
         start: share of training that is plain before.
         rho_schedule: how the radius varies.
@@ -130,6 +131,9 @@ class SharpConfig:
     lag: int | None = field(default=None, metadata={"help": "saf: with the outputs of how many visits ago."})
     fraction: float | None = field(
         default=None, metadata={"help": "sam and its kin: share of the window for the ascent, in (0, 1]."}
+    )
+    per_rank: bool | None = field(
+        default=None, metadata={"help": "sam, asam, sam_on, fisher_sam: each rank ascends by its own rows (DDP)."}
     )
     interval: int | None = field(default=None, metadata={"help": "The method at every so many steps only."})
     start: float | None = field(default=None, metadata={"help": "Share of training that is plain before."})

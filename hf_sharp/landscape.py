@@ -229,8 +229,9 @@ class Landscape(Passes):
         repeat: bool = True,
         apart: bool = False,
         hook: Hook | None = None,
+        synced: bool = True,
     ) -> Evaluation:
-        evaluation = super()._replay(batches, only, repeat, apart, hook)
+        evaluation = super()._replay(batches, only, repeat, apart, hook, synced)
         whole = self.measuring and len(batches) == len(self.batches) and repeat
         self._there = evaluation if whole else None
         return evaluation

@@ -66,7 +66,7 @@ class Passes(Facts):
             self._unshifted = self.opening.shift is None and self.opening.add is None
         self.batches[self._current :] = [batch, *self.batches[self._current + 1 :]]
         self._records.append((RandomState.record(self._devices), rows.versions(batch)))
-        with self._opened():
+        with self._opened(), nullcontext() if self.opening.synced else self.host.unsynced():
             hook = self._hook(self.opening.add, self.opening.reduce)
             self._losses.append(self.host.backward(batch, self._parameters(self.opening.only), hook))
         return self._losses[-1]
@@ -85,6 +85,7 @@ class Passes(Facts):
         only: Names | None = None,
         add: Hook | None = None,
         reduce: Hook | None = None,
+        synced: bool = True,
     ) -> Evaluation:
         """The loss and gradient at the present weights.
 
@@ -97,6 +98,7 @@ class Passes(Facts):
             add: add(outputs, batch) is a term added to the loss of each micro-batch, in the units of the window's
                 loss; of the first evaluation it is asked for in `Method.start`.
             reduce: reduce(outputs, batch) is summed over the window without gradients, as `Evaluation.reduced`.
+            synced: whether the gradient of a part is reduced over ranks.
 
         Returns:
             The evaluation; its gradient is None outside `only` and where the loss does not reach.
@@ -109,7 +111,7 @@ class Passes(Facts):
             raise ValueError(f"fraction is a share of the window in (0, 1]; got {fraction}.")
         self._collect_first()
         if fraction < 1:
-            return self._evaluate_part(fraction, only)
+            return self._evaluate_part(fraction, only, synced)
         if self._first is None:
             return self._replay(self.batches, only, hook=self._hook(add, reduce))
         opened = self.opening.only
@@ -307,6 +309,7 @@ class Passes(Facts):
         repeat: bool = True,
         apart: bool = False,
         hook: Hook | None = None,
+        synced: bool = True,
     ) -> Evaluation:
         """A pass over micro-batches; `apart`: reduced over ranks by itself, whatever the host's loop is doing."""
         towards, losses, last = self._parameters(only), [], len(batches) - 1
@@ -320,7 +323,7 @@ class Passes(Facts):
                     losses.append(self.host.backward(batch, towards, hook))
         self.evaluations += len(batches) / len(self.batches)
         grad = self._gather(only)
-        evaluation = self._answer(losses, self.mean_over_ranks(grad) if apart else grad)
+        evaluation = self._answer(losses, self.mean_over_ranks(grad) if apart and synced else grad)
         if only is None and self._lacking:
             self._look_for_lost(evaluation.grad)
         return evaluation
@@ -331,7 +334,7 @@ class Passes(Facts):
         if lost:
             self.host.refuse_subsets(f"a backward towards a subset gave {', '.join(lost[:3])} no gradient")
 
-    def _evaluate_part(self, fraction: float, only: Names | None) -> Evaluation:
+    def _evaluate_part(self, fraction: float, only: Names | None, synced: bool) -> Evaluation:
         several, before = len(self.batches) > 1, self.evaluations
         if several:
             share = max(1, round(fraction * len(self.batches))) / len(self.batches)
@@ -341,6 +344,6 @@ class Passes(Facts):
             share = max(1, round(fraction * size)) / size
             part = [rows.part(self.batches[0], slice(round(share * size)))]
         with self.host.window(part):
-            evaluation = self._replay(part, only, repeat=several, apart=self.host.ranks > 1)
+            evaluation = self._replay(part, only, repeat=several, apart=self.host.ranks > 1, synced=synced)
         self.evaluations = before + share
         return evaluation

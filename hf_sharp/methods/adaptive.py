@@ -66,7 +66,7 @@ class Adaptive(Method):
         opening = self.method.start(landscape)
         if opening.shift is not None or opening.add is not None or opening.terms is not None:
             raise ValueError(self._refusal())
-        return opening._replace(only=None)
+        return opening._replace(only=None, synced=True)
 
     def _refusal(self) -> str:
         return f"{self.method!r} looks elsewhere before any gradient is known; Adaptive decides by one. Use Every."

@@ -23,10 +23,13 @@ class Ascent(Method):
         perturbation: where the second evaluation is taken.
         fraction: the share of the window that the ascent gradient is taken on (Bahri et al., 2022). Below 1 a step
             costs 1 + fraction, and its logged loss is that of the shifted weights, the only one taken over the window.
+        per_rank: each rank ascends by the gradient of its own rows, m-sharpness, as SAM's authors do: nothing is
+            reduced during the ascent. The descent gradient is reduced as always, so that all ranks stay the same.
     """
 
     perturbation: Perturbation
     fraction: float = 1.0
+    per_rank: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.perturbation, Perturbation):
@@ -35,6 +38,11 @@ class Ascent(Method):
                 f"{name} takes a Perturbation, such as Perturbation(rho=0.05); got {self.perturbation!r}."
             )
         share(self.fraction, "fraction", "the share of the window for the ascent")
+        if self.per_rank and any(part.remembers for _, part in self.walk()):
+            raise ValueError(
+                f"{type(self).__name__} keeps a memory of the ascent (a mask, a mean), which with per_rank=True would "
+                "differ from rank to rank. Use a method without memory, such as SAM or ASAM."
+            )
 
     @property
     def ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -67,8 +75,8 @@ class Ascent(Method):
         """The ascent needs the gradient only where it moves; on a fraction, it comes before the host's own pass."""
         names = self.perturbation.names(landscape)
         if self.fraction == 1:
-            return Opening(only=names)
-        part = landscape.evaluate(self.fraction, only=names)
+            return Opening(only=names, synced=not self.per_rank)
+        part = landscape.evaluate(self.fraction, only=names, synced=not self.per_rank)
         return Opening(shift=self.perturbation(self.direction(part.take(), landscape), landscape))
 
     def gradient(self, landscape: Landscape) -> Evaluation:

@@ -25,6 +25,7 @@ class FriendlySAM(Ascent):
     Args:
         perturbation: where the second evaluation is taken.
         fraction: the share of the window that the ascent gradient is taken on.
+        per_rank: refused, since the mean would differ from rank to rank.
         sigma: how much of the mean is taken away; 0 gives SAM.
         lam: how much of the old mean is kept.
 

@@ -24,6 +24,7 @@ class SAM(Ascent):
     Args:
         perturbation: where the second evaluation is taken.
         fraction: the share of the window that the ascent gradient is taken on.
+        per_rank: each rank ascends by the gradient of its own rows (m-sharpness), without communication.
 
     Example:
         >>> from hf_sharp import Perturbation

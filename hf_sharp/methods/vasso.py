@@ -23,6 +23,7 @@ class VaSSO(Ascent):
     Args:
         perturbation: where the second evaluation is taken.
         fraction: the share of the window that the ascent gradient is taken on.
+        per_rank: refused, since the mean would differ from rank to rank.
         theta: weight of the present gradient, in (0, 1]; 1 gives SAM. The authors' code has 0.9.
 
     Example:

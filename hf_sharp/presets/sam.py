@@ -19,7 +19,13 @@ def plain() -> Method:
     return Plain()
 
 
-def sam(rho: Rho = 0.05, fraction: float = 1.0, interval: int = 1, start: float = 0.0) -> Method:
+def sam(
+    rho: Rho = 0.05,
+    fraction: float = 1.0,
+    interval: int = 1,
+    start: float = 0.0,
+    per_rank: bool = False,
+) -> Method:
     """Sharpness-aware minimisation (Foret et al., 2021, Eq. 2 with p = 2): e = rho g / ||g||.
 
     Args:
@@ -27,11 +33,12 @@ def sam(rho: Rho = 0.05, fraction: float = 1.0, interval: int = 1, start: float 
         fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
         interval: SAM at every so many steps only, plain training between.
         start: the share of training that is plain before.
+        per_rank: under DDP each rank ascends by its own rows (m-sharpness), without communication.
 
     Returns:
         The method, of cost 2.
     """
-    return timed(SAM(Perturbation(rho=rho), fraction), interval, start)
+    return timed(SAM(Perturbation(rho=rho), fraction, per_rank), interval, start)
 
 
 def asam(
@@ -41,6 +48,7 @@ def asam(
     fraction: float = 1.0,
     interval: int = 1,
     start: float = 0.0,
+    per_rank: bool = False,
 ) -> Method:
     """Adaptive SAM (Kwon et al., 2021, Eq. 8): e = rho T^2 g / ||T g||, invariant to rescaling of the weights.
 
@@ -52,11 +60,12 @@ def asam(
         fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
         interval: SAM at every so many steps only, plain training between.
         start: the share of training that is plain before.
+        per_rank: under DDP each rank ascends by its own rows (m-sharpness), without communication.
 
     Returns:
         The method, of cost 2.
     """
-    return timed(SAM(Perturbation(rho=rho, ball=AdaptiveBall(eta=eta, on=on)), fraction), interval, start)
+    return timed(SAM(Perturbation(rho=rho, ball=AdaptiveBall(eta=eta, on=on)), fraction, per_rank), interval, start)
 
 
 def fsam(
@@ -106,7 +115,13 @@ def fsam(
 
 
 def sam_on(
-    rho: Rho = 0.5, ball: str = "l2", eta: float = 0.01, fraction: float = 1.0, interval: int = 1, start: float = 0.0
+    rho: Rho = 0.5,
+    ball: str = "l2",
+    eta: float = 0.01,
+    fraction: float = 1.0,
+    interval: int = 1,
+    start: float = 0.0,
+    per_rank: bool = False,
 ) -> Method:
     """SAM-ON, perturbing normalisation layers only (Mueller et al., 2023): almost no memory, a cheaper ascent.
 
@@ -117,6 +132,7 @@ def sam_on(
         fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
         interval: SAM at every so many steps only, plain training between.
         start: the share of training that is plain before.
+        per_rank: under DDP each rank ascends by its own rows (m-sharpness), without communication.
 
     Returns:
         The method, of cost 2 (measured about 1.8: the ascent skips the other weight gradients where the host allows
@@ -128,11 +144,16 @@ def sam_on(
     balls: dict[str, Ball] = {"l2": L2Ball(), "adaptive": AdaptiveBall(eta=eta)}
     if ball not in balls:
         raise ValueError(f"ball is one of {tuple(balls)}; got {ball!r}.")
-    return timed(SAM(Perturbation(rho=rho, ball=balls[ball], mask=NormLayers()), fraction), interval, start)
+    return timed(SAM(Perturbation(rho=rho, ball=balls[ball], mask=NormLayers()), fraction, per_rank), interval, start)
 
 
 def fisher_sam(
-    rho: Rho = 0.1, eta: float = 0.1, fraction: float = 1.0, interval: int = 1, start: float = 0.0
+    rho: Rho = 0.1,
+    eta: float = 0.1,
+    fraction: float = 1.0,
+    interval: int = 1,
+    start: float = 0.0,
+    per_rank: bool = False,
 ) -> Method:
     """Fisher-*metric* SAM (Kim et al., ICML 2022): e = rho D g / sqrt(g' D g), D = 1 / (1 + eta F).
 
@@ -142,8 +163,9 @@ def fisher_sam(
         fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
         interval: SAM at every so many steps only, plain training between.
         start: the share of training that is plain before.
+        per_rank: under DDP each rank ascends by its own rows (m-sharpness), without communication.
 
     Returns:
         The method, of cost 2.
     """
-    return timed(SAM(Perturbation(rho=rho, ball=FisherBall(eta=eta)), fraction), interval, start)
+    return timed(SAM(Perturbation(rho=rho, ball=FisherBall(eta=eta)), fraction, per_rank), interval, start)

@@ -76,7 +76,7 @@ def friendly_sam(
     Returns:
         The method, of cost 2.
     """
-    return timed(FriendlySAM(Perturbation(rho), fraction, sigma, lam), interval, start)
+    return timed(FriendlySAM(Perturbation(rho), fraction, sigma=sigma, lam=lam), interval, start)
 
 
 def vasso(rho: Rho = 0.05, theta: float = 0.9, fraction: float = 1.0, interval: int = 1, start: float = 0.0) -> Method:
@@ -92,7 +92,7 @@ def vasso(rho: Rho = 0.05, theta: float = 0.9, fraction: float = 1.0, interval: 
     Returns:
         The method, of cost 2.
     """
-    return timed(VaSSO(Perturbation(rho), fraction, theta), interval, start)
+    return timed(VaSSO(Perturbation(rho), fraction, theta=theta), interval, start)
 
 
 def gam(rho: Rho = 0.2, r: float = 0.02, alpha: float = 0.1, interval: int = 1, start: float = 0.0) -> Method:

@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState, GradientState
 
 from cases import METHODS
 from doors import train, weights
-from hf_sharp import SharpStep, SharpTrainer, vasso
+from hf_sharp import SAM, Perturbation, SharpStep, SharpTrainer, VaSSO, fsam, vasso
 from models import mlp_rows, tiny_mlp, windows_of
-from references import flat
+from references import flat, functional, sgd, window_gradient
 
 HERE = Path(__file__).parent
 
@@ -75,3 +75,30 @@ def test_a_loop_on_two_ranks_is_one_process(two_ranks):
     torch.testing.assert_close(two_ranks["loop"]["weights"], flat(model), rtol=0, atol=1e-12)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.mark.distributed
+def test_an_ascent_for_each_rank_is_the_mean_of_their_sam_gradients(two_ranks):
+    """The reference: SAM on each rank's rows by itself, the gradients averaged, momentum SGD."""
+    w, _, loss_fn = functional(tiny_mlp())
+    update, memory = sgd(0.05, momentum=0.9), {}
+    for window in windows_of(mlp_rows(40), micro=4, accumulate=2):
+        grads = []
+        for rank in range(2):
+            own = [{key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()} for batch in window]
+            g = window_gradient(loss_fn, w, own)
+            grads.append(window_gradient(loss_fn, w + 0.1 * g / g.norm(), own))
+        w = update(w, (grads[0] + grads[1]) / 2, memory)
+    torch.testing.assert_close(two_ranks["per_rank"]["weights"], w, rtol=0, atol=1e-12)
+
+
+@pytest.mark.distributed
+def test_an_ascent_for_each_rank_reduces_nothing(two_ranks):
+    counts = two_ranks["reductions"]
+    assert counts["per_rank"] == counts["plain"] > 0 and counts["sam"] == 2 * counts["plain"]
+
+
+def test_a_memory_that_would_differ_is_refused():
+    for make in (lambda: SAM(fsam().perturbation, per_rank=True), lambda: VaSSO(Perturbation(0.1), per_rank=True)):
+        with pytest.raises(ValueError, match="from rank to rank"):
+            make()

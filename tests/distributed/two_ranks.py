@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import GradientState
+from transformers import TrainerCallback
 
 from cases import METHODS
-from doors import train, weights
-from hf_sharp import SharpStep, SharpTrainer, fsam, vasso
+from doors import build, train, weights
+from hf_sharp import SharpStep, SharpTrainer, fsam, plain, sam, vasso
 from models import mlp_rows, tiny_mlp, windows_of
 from references import flat
 
@@ -36,6 +37,41 @@ def by_loop() -> torch.Tensor:
     return flat(accelerator.unwrap_model(model))
 
 
+ASCENTS = {"plain": plain(), "sam": sam(0.1), "per_rank": sam(0.1, per_rank=True)}
+
+
+def per_rank(folder: str) -> torch.Tensor:
+    """SAM with an ascent for each rank, momentum SGD without clipping."""
+    model = tiny_mlp()
+    settings = {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), None), "max_grad_norm": 0.0}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}
+    trainer = train(SharpTrainer, model, mlp_rows(40), folder, method=sam(0.1, per_rank=True), **settings)
+    mine = weights(trainer)
+    both = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    assert torch.equal(*both)
+    return mine
+
+
+def reductions(method, folder: str) -> int:
+    """How many buckets of gradients are reduced over ranks in five steps."""
+    calls = []
+
+    def hook(state, bucket):
+        calls.append(1)
+        return dist.all_reduce(bucket.buffer() / 2, async_op=True).get_future().then(lambda f: f.value()[0])
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                trainer.model_wrapped.register_comm_hook(None, hook)
+
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = build(SharpTrainer, tiny_mlp(), mlp_rows(40), folder, method=method, callbacks=[Count()], **sizes)
+    trainer.train()
+    return len(calls)
+
+
 def main(folder: str) -> None:
     results = {}
     for name, method in {
@@ -56,6 +92,8 @@ def main(folder: str) -> None:
         dist.all_gather(both, mine)
         gaps = [line["sharp_gap"] for line in trainer.state.log_history if "sharp_gap" in line]
         results[name] = {"weights": mine, "spread": (both[0] - both[1]).abs().max(), "gaps": gaps}
+    results["per_rank"] = {"weights": per_rank(folder)}
+    results["reductions"] = {name: reductions(method, folder) for name, method in ASCENTS.items()}
     results["loop"] = {"weights": by_loop()}
     if dist.get_rank() == 0:
         torch.save(results, os.path.join(folder, "results.pt"))
