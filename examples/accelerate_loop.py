@@ -27,10 +27,10 @@ def main(steps: int = 200) -> float:
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    model = BertForSequenceClassification(BertConfig(vocab_size=100, num_labels=2, **shape))
+    model = BertForSequenceClassification(BertConfig(vocab_size=100, **shape))  # two classes
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = get_linear_schedule_with_warmup(optimizer, 10, steps)
-    loader = DataLoader(rows(2 * 16 * steps, seed=0), batch_size=16)
+    loader = DataLoader(rows(2 * 16 * steps, seed=0), batch_size=16)  # pyright: ignore[reportArgumentType]
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     sharp = SharpStep(sam(rho=0.05), model, optimizer, accelerator, loss_fn)  # new
     model.train()
