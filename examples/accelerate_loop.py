@@ -5,6 +5,8 @@ accelerate launch examples/accelerate_loop.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
@@ -26,8 +28,9 @@ def loss_fn(model, batch):
 def main(steps: int = 200) -> float:
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    model = BertForSequenceClassification(BertConfig(vocab_size=100, **shape))  # two classes
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config: dict[str, Any] = {"vocab_size": 100, "num_labels": 2, **size}
+    model = BertForSequenceClassification(BertConfig(**config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = get_linear_schedule_with_warmup(optimizer, 10, steps)
     loader = DataLoader(rows(2 * 16 * steps, seed=0), batch_size=16)  # pyright: ignore[reportArgumentType]
