@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sharp.answers import Evaluation, Hook, Names, Opening
+from hf_sharp.answers import Evaluation, Opening
 from hf_sharp.host import Host
 from hf_sharp.passes import Passes
 from hf_sharp.rounding import cast_by_autocast, move_rounded_
@@ -222,19 +222,8 @@ class Landscape(Passes):
             self._shifts += 1
             self._here = self._first.loss if self._first.grad.fresh else None
 
-    def _replay(
-        self,
-        batches: Sequence[Any],
-        only: Names | None,
-        repeat: bool = True,
-        apart: bool = False,
-        hook: Hook | None = None,
-        synced: bool = True,
-    ) -> Evaluation:
-        evaluation = super()._replay(batches, only, repeat, apart, hook, synced)
-        whole = self.measuring and len(batches) == len(self.batches) and repeat
-        self._there = evaluation if whole else None
-        return evaluation
+    def _note(self, evaluation: Evaluation | None) -> None:
+        self._there = evaluation if self.measuring else None
 
     def _grids(self, weights: list[nn.Parameter]) -> list[torch.dtype | None]:
         """The 16-bit format in which a forward sees each weight, None where it sees all of it."""

@@ -227,7 +227,7 @@ class Passes(Facts):
 
     def clean(self) -> None:
         """Drop all gradients, as before an evaluation or after a step that failed."""
-        for parameter in self.host.model.parameters():
+        for parameter in (*self.host.model.parameters(), *self.host.parameters.values()):
             parameter.grad = None
 
     def _opened(self) -> Any:
@@ -326,7 +326,11 @@ class Passes(Facts):
         evaluation = self._answer(losses, self.mean_over_ranks(grad) if apart and synced else grad)
         if only is None and self._lacking:
             self._look_for_lost(evaluation.grad)
+        self._note(evaluation if repeat and len(batches) == len(self.batches) else None)
         return evaluation
+
+    def _note(self, evaluation: Evaluation | None) -> None:
+        """What a pass over the whole window gave, None for a part of it; a landscape measures its shifts by it."""
 
     def _look_for_lost(self, grad: ParamVector) -> None:
         """A parameter with a gradient in the full backward, and none in the subset's, was lost by the latter."""

@@ -1,11 +1,13 @@
 """The three doors: the same weights on the same batches for every method whose needs they provide."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 
 from cases import METHODS
 from doors import train, weights
@@ -23,6 +25,7 @@ from hf_sharp import (
     tram,
     vasso,
 )
+from hf_sharp.refusals import refuse_accelerator
 from models import batch_of, mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
 from references import flat
 
@@ -346,3 +349,26 @@ def test_msam_works_with_a_radius_that_needs_no_schedule():
     plain, *_ = by_closure(METHODS["plain"].method())
     assert (ours - plain).abs().max() > 1e-4
     assert msam() != MSAM(Perturbation(0.2))
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"])
+def test_the_loop_refuses_by_name_what_it_cannot_do(kind):
+    stand_in = SimpleNamespace(distributed_type=DistributedType[kind])
+    with pytest.raises(ValueError, match="Use DDP"):
+        refuse_accelerator(stand_in, sam())
+
+
+def test_an_error_in_a_closure_leaves_nothing_behind():
+    model = tiny_mlp(seed=1)
+    before, calls = flat(model), []
+    optimizer = SharpOptimizer(momentum_sgd(model), sam(0.1))
+
+    def closure():
+        loss_of(model, batch_of(ROWS[:4])).backward()
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        optimizer.step(closure)
+    assert torch.equal(flat(model), before) and all(p.grad is None for p in model.parameters())

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from doors import build, train, weights
-from hf_sharp import Constant, Landscape, SharpConfig, SharpTrainer, make_sharp, mesa, msam, plain, sam, tram
+from hf_sharp import Constant, Landscape, SharpConfig, SharpTrainer, make_sharp, mesa, msam, plain, saf, sam, tram
 from hf_sharp.labels import shifts_labels
 from hf_sharp.noise import noisy_inputs
 from hf_sharp.objectives.divergences import kl_sum, positions
@@ -258,3 +258,11 @@ def test_only_methods_that_know_samples_take_their_numbers(tmp_path):
         model = Numbered()
         train(SharpTrainer, model, rows, tmp_path, method=method, max_steps=1)
         assert model.seen
+
+
+def test_saf_refuses_a_vocabulary_and_rows_without_numbers(tmp_path):
+    numbered = [{**row, "sample_index": torch.tensor(i)} for i, row in enumerate(causal_rows(8))]
+    with pytest.raises(ValueError, match="Use MESA"):
+        train(SharpTrainer, tiny_llama(), numbered, tmp_path, method=saf())
+    with pytest.raises(ValueError, match="add_column"):
+        train(SharpTrainer, tiny_mlp(), mlp_rows(8), tmp_path, method=saf())

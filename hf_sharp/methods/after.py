@@ -34,11 +34,6 @@ class After(Sometimes):
         is_method(self.method)
 
     @property
-    def inner(self) -> Method:
-        """The method."""
-        return self.method
-
-    @property
     def cost(self) -> float:
         """The mean over the whole training."""
         return self.ratio + (1 - self.ratio) * self.method.cost

@@ -37,11 +37,6 @@ class Every(Sometimes):
         is_method(self.method)
 
     @property
-    def inner(self) -> Method:
-        """The method."""
-        return self.method
-
-    @property
     def cost(self) -> float:
         """The mean over `interval` steps."""
         return (self.method.cost + self.interval - 1) / self.interval

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_sharp.answers import Evaluation, Opening
@@ -13,14 +12,10 @@ if TYPE_CHECKING:
     from hf_sharp.landscape import Landscape
 
 
-@dataclass(frozen=True)
 class Sometimes(Method):
-    """A method at some steps, plain training at the others."""
+    """A method at some steps, plain training at the others; subclasses are dataclasses with a field `method`."""
 
-    @property
-    @abstractmethod
-    def inner(self) -> Method:
-        """The method."""
+    method: Method
 
     @abstractmethod
     def due(self, landscape: Landscape) -> bool:
@@ -35,11 +30,11 @@ class Sometimes(Method):
 
     def start(self, landscape: Landscape) -> Opening:
         """The method's opening, or the plain one."""
-        return self.inner.start(landscape) if self.due(landscape) else Opening()
+        return self.method.start(landscape) if self.due(landscape) else Opening()
 
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The method's gradient, or the plain one."""
-        return self.inner.gradient(landscape) if self.due(landscape) else landscape.evaluate()
+        return self.method.gradient(landscape) if self.due(landscape) else landscape.evaluate()
 
 
 def is_method(method: object) -> None:

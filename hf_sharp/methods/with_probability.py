@@ -36,11 +36,6 @@ class WithProbability(Sometimes):
         is_method(self.method)
 
     @property
-    def inner(self) -> Method:
-        """The method."""
-        return self.method
-
-    @property
     def cost(self) -> float:
         """The expected value."""
         return 1 + self.p * (self.method.cost - 1)
