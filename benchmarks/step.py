@@ -165,13 +165,22 @@ def training_of(name: str, options, rows, folder: str) -> Callable[[Contender], 
         save_strategy="no", disable_tqdm=True)  # fmt: skip
 
     def train(callback: Contender) -> None:
-        common = {"model": build(options), "args": arguments, "train_dataset": rows, "callbacks": [callback]}
+        common: dict[str, Any] = {"args": arguments, "train_dataset": rows, "callbacks": [callback]}
+        common["model"] = model = build(options)
+        common["optimizers"] = (_optimizer(model, options.groups), None)
         if name == "Trainer":
             Trainer(**common).train()
         else:
             (BarePass(**common) if name == FLOOR else SharpTrainer(method=config_of(name), **common)).train()
 
     return train
+
+
+def _optimizer(model, groups: int) -> torch.optim.Optimizer | None:
+    """The Trainer's own, but with so many groups; None leaves it to the Trainer."""
+    weights = list(model.parameters())
+    split = [{"params": weights[start::groups]} for start in range(groups)]
+    return torch.optim.AdamW(split, lr=5e-5, weight_decay=0.0, fused=True) if split else None
 
 
 def _hand_loop(peer, options, rows, contender: Contender) -> None:
@@ -270,6 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("batch", 16),
         ("length", 64),
         ("accumulate", 1),
+        ("groups", 0),
         ("rounds", 20),
     ):
         parser.add_argument(f"--{flag}", type=int, default=default)
@@ -281,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     for name in options.method:
         config_of(name).build()
-    peers = list(installed()) if options.peers and options.accumulate == 1 else []
+    peers = list(installed()) if options.peers and options.accumulate == 1 and not options.groups else []
     times = race(options, ["Trainer", FLOOR, *options.method, *peers])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{device}; torch {torch.__version__}, transformers {transformers.__version__}; {vars(options)}")

@@ -47,7 +47,6 @@ from hf_sharp.tasks.domains import byte_tokenizer
 from hf_sharp.tasks.fictions import Facts, attack_sets, load_facts
 from hf_sharp.unlearning import (
     Encoder,
-    EpochCallback,
     ForgetRetainCollator,
     ForgetRetainDataset,
     encode_rows,
@@ -157,7 +156,7 @@ def unlearn(args: argparse.Namespace, cell: tuple[str, str, int], examples: tupl
             method=method,
             train_dataset=ForgetRetainDataset(*examples, seed=seed),
             data_collator=ForgetRetainCollator(encode.tokenizer),
-            callbacks=[EpochCallback(), *([WeightAveraging(start=0.5, every=5)] if smoothing == "wa" else [])],
+            callbacks=[WeightAveraging(start=0.5, every=5)] if smoothing == "wa" else [],
         )
         trainer.train()
     return trainer.accelerator.unwrap_model(trainer.model)

@@ -173,8 +173,10 @@ class SharpStep:
         several = accelerator.gradient_accumulation_steps > 1
         refuse_needs(
             method,
-            {"names", "modules", "outputs", "rows", "index", "parameters", "update"}
-            | (set() if several else {"window", "terms"}),
+            {"names", "modules", "outputs", "rows", "index", "parameters", "update", "ranks"}
+            | (set() if several else {"window", "terms"})
+            | ({"length"} if total_steps is not None else set())
+            | ({"warmup"} if warmup_steps is not None else set()),
             "SharpStep meets the window's micro-batches one by one. Use SharpTrainer, or one micro-batch a step",
         )
         self.method, self.metrics, self._every = method, {}, measure_every

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import fields
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -10,6 +12,7 @@ from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_sharp.methods.base import Method
+from hf_sharp.part import Part
 from hf_sharp.shards import sharded
 
 FLAT = "FSDP version 1 keeps its weights in flat parameters. Use FSDP2: fsdp_version: 2 in the accelerate config"
@@ -139,6 +142,14 @@ WANTED = {
     "index": "the numbers of the rows",
     "parameters": "a place in the optimizer for parameters of its own",
     "update": "calls right before and after the optimizer's update",
+    "length": "the number of training steps",
+    "warmup": "the length of the learning rate's warm-up",
+    "ranks": "gradients before they are reduced over ranks",
+}
+WAYS_OUT = {  # of needs that do not hang on how a door meets the data
+    "length": "Give it as total_steps= of SharpStep or steps= of the schedule, or use SharpTrainer",
+    "warmup": "Give it as warmup_steps= of SharpStep or steps= of ZeroDuringWarmup, or use SharpTrainer",
+    "ranks": "Use SharpTrainer, SharpStep or per_rank=False",
 }
 
 
@@ -148,12 +159,23 @@ def refuse_needs(method: Method, provided: Collection[str], way_out: str) -> Non
     Args:
         method: the method.
         provided: what the door can give, keys of `WANTED`.
-        way_out: why, and what to do.
+        way_out: why, and what to do about a need that has no way out of its own.
 
     Raises:
-        ValueError: naming the part and what it needs.
+        ValueError: naming the part, or the schedule among its settings, and what it needs.
     """
     for _, part in method.walk():
-        missing = [WANTED[need] for need in sorted(part.needs) if need not in provided]
-        if missing:
-            raise ValueError(f"{type(part).__name__} needs {' and '.join(missing)}. {way_out}.")
+        for owner, needs in ((part, part.needs), *_needs_of_schedules(part)):
+            missing = sorted(need for need in needs if need not in provided)
+            if missing:
+                said = dict.fromkeys(WAYS_OUT.get(need, way_out) for need in missing)
+                wanted = " and ".join(WANTED[need] for need in missing)
+                raise ValueError(f"{type(owner).__name__} needs {wanted}. {'. '.join(said)}.")
+
+
+def _needs_of_schedules(part: Part) -> Iterator[tuple[Any, Collection[str]]]:
+    """The schedules among a part's settings, each with its needs."""
+    for setting in fields(part):
+        value = getattr(part, setting.name)
+        if callable(value) and not isinstance(value, Part):
+            yield value, getattr(value, "needs", ())

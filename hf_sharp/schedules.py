@@ -107,6 +107,11 @@ class Linear:
         radius(self.end, "end")
         _length(self.steps)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a door must know, keys of `hf_sharp.refusals.WANTED`: the length of training, unless given."""
+        return frozenset({"length"} if self.steps is None else ())
+
     def __call__(self, landscape: Landscape) -> float:
         """The radius at the landscape's step."""
         return self.start + (self.end - self.start) * _progress(landscape, self.steps, "Linear")
@@ -130,6 +135,11 @@ class Cosine:
         radius(self.start, "start")
         radius(self.end, "end")
         _length(self.steps)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a door must know, keys of `hf_sharp.refusals.WANTED`: the length of training, unless given."""
+        return frozenset({"length"} if self.steps is None else ())
 
     def __call__(self, landscape: Landscape) -> float:
         """The radius at the landscape's step."""
@@ -176,6 +186,11 @@ class ZeroDuringWarmup:
     def __post_init__(self) -> None:
         radius(self.rho)
         _length(self.steps)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a door must know, keys of `hf_sharp.refusals.WANTED`: the length of the warm-up, unless given."""
+        return frozenset({"warmup"} if self.steps is None else ())
 
     def __call__(self, landscape: Landscape) -> float:
         """The radius at the landscape's step; refuses when the length of the warm-up is not known."""

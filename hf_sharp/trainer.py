@@ -247,7 +247,7 @@ class SharpMixin:
 
     def _record(self) -> dict[str, Any]:
         settings = None if self.sharp_config is None else self.sharp_config.to_dict()
-        return {"repr": repr(self.method), "settings": settings}
+        return {"repr": repr(self.method), "settings": settings, "rounding": self._sharp_rounding}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # pyright: ignore
@@ -271,13 +271,16 @@ class SharpMixin:
             return super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
         config, path = Path(checkpoint) / CONFIG_NAME, Path(checkpoint) / STATE_NAME
         device: torch.device = self.args.device  # pyright: ignore
-        here = "cpu" if device.type == "cpu" or self._sharp_host.sharded else str(device)
-        state = _read_state(path, here) if path.is_file() else {}
+        place = "cpu" if device.type == "cpu" or self._sharp_host.sharded else str(device)
+        state = _read_state(path, place) if path.is_file() else {}
         self._sharp_attachment.check(state)
         super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
-        saved = read_record(config).get("repr") if config.is_file() else "None"
-        if saved != repr(self.method):
-            warnings.warn(f"The checkpoint was trained with {saved}, and goes on with {self.method!r}.", stacklevel=2)
+        here = {"repr": repr(self.method), "rounding": self._sharp_rounding}
+        saved = {**here, "repr": "None", **(read_record(config) if config.is_file() else {})}
+        for key, what in (("repr", ""), ("rounding", "rounding=")):
+            if saved[key] != here[key]:
+                said = f"The checkpoint was trained with {what}{saved[key]}, and goes on with {what}{here[key]}."
+                warnings.warn(said, stacklevel=2)
         if self.method is not None and path.is_file():
             self.method.load_state_dict(self._sharp_attachment.load_state_dict(state))
             if self._sharp_host.sharded:

@@ -28,7 +28,7 @@ from hf_sharp.objectives import Objective
 from hf_sharp.objectives.names import OBJECTIVES, options_of, read_objective
 from hf_sharp.tasks import domains, fictions
 from hf_sharp.tasks import unlearning as task
-from hf_sharp.unlearning import Encoder, EpochCallback, ForgetRetainCollator, ForgetRetainDataset, encode_rows
+from hf_sharp.unlearning import Encoder, ForgetRetainCollator, ForgetRetainDataset, encode_rows
 
 SMOOTHINGS: dict[str, dict[str, str]] = {  # settings of SharpConfig: a word, or the flag that gives the number
     "sam": {"method": "sam", "rho": "--rho"},
@@ -153,7 +153,7 @@ def unlearn(
         method=method,
         train_dataset=pairs,
         data_collator=ForgetRetainCollator(tokenizer),
-        callbacks=[timer := report.StepTimer(), EpochCallback(), *([WeightAveraging()] if label == "wa" else [])],
+        callbacks=[timer := report.StepTimer(), *([WeightAveraging()] if label == "wa" else [])],
     )
     trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)

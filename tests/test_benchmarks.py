@@ -1,6 +1,7 @@
 """The benchmarks run, at toy size, and their peers make the step that we make."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -71,3 +72,23 @@ def test_the_race_of_adapters_prints_times_and_memory(load, capsys):
     assert list(memory)[:2] == ["LoRA", "LoRA, again"] and abs(memory["LoRA, again"]) < 0.1
     assert memory["sam:rho=0.01"] == pytest.approx(1, abs=0.1) and abs(memory["bar"]) < 0.1
     assert 2.9 < memory["bi_lora:rank=4"] < 4.3
+
+
+def test_growth_is_raced_timed_part_by_part_and_drawn(load, tmp_path, capsys, monkeypatch):
+    load("step")
+    scaling = load("scaling")
+    monkeypatch.setattr(scaling, "SIZES", {"2M": (16, 1), "10M": (32, 2)})
+    sizes = "--sizes 2M 10M --groups 3 --accumulate 2 --batch 2 --length 8 --rounds 2 --repeats 1".split()
+    scaling.main([*sizes, "--json", str(tmp_path / "scaling.json"), "--picture", str(tmp_path / "scaling.png")])
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert [(row["panel"], row["place"]) for row in found["races"] if row["method"] == "sam"] == [
+        ("million parameters", 0.1),
+        ("million parameters", 0.3),
+        ("parameter groups", 3),
+        ("micro-batches a step", 2),
+    ]
+    assert all(0.2 < row["ratio"] < 20 for row in found["races"])
+    assert [row["place"] for row in found["parts"]] == [0.1, 0.3]
+    assert len(found["parts"][0]["seconds"]) == 6 and all(s > 0 for s in found["parts"][0]["seconds"].values())
+    assert "| sam |" in capsys.readouterr().out
+    assert (tmp_path / "scaling.png").is_file() and (tmp_path / "scaling_parts.png").is_file()

@@ -13,6 +13,8 @@ from cases import METHODS
 from doors import train, weights
 from hf_sharp import (
     MSAM,
+    SAM,
+    Linear,
     Perturbation,
     SharpOptimizer,
     SharpStep,
@@ -209,17 +211,12 @@ def by_closure(method, steps=5, prepare=False, model_given=True):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_optimizer_gives_the_loops_weights(name):
     needs = set().union(*(part.needs for _, part in METHODS[name].method().walk()))
-    if needs - {"names", "modules"}:
-        with pytest.raises(ValueError, match="A closure hides the data"):
-            by_closure(METHODS[name].method())
-        return
-    if name in ("after", "adaptive"):
-        with pytest.raises(ValueError, match="number of training steps"):
-            by_closure(METHODS[name].method())
-        return
-    if name == "msam":
-        with pytest.raises(ValueError, match="length of the warm-up"):
-            by_closure(METHODS[name].method())
+    refusals = {"length": "number of training steps", "ranks": "per_rank=False", "": "A closure hides the data"}
+    missing = {"warmup"} if name == "msam" else needs - {"names", "modules"}
+    if missing:
+        refusals["warmup"] = "length of the learning rate's warm-up"
+        with pytest.raises(ValueError, match=refusals.get(min(missing), refusals[""])):
+            SharpOptimizer(momentum_sgd(tiny_mlp()), METHODS[name].method(), tiny_mlp())
         return
     ours, *_ = by_closure(METHODS[name].method())
     model = tiny_mlp(seed=1, dropout=0.2)
@@ -342,6 +339,30 @@ def test_autocast_around_a_closure_sees_the_shift():
     with torch.autocast("cpu", torch.bfloat16):
         optimizer.step(closure)
     assert abs(losses[1] - losses[0]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("method", "known", "message"),
+    [
+        (lambda: sam(0.1, start=0.5), {"warmup_steps": 2}, "After needs the number of training steps. Give it as tot"),
+        (lambda: msam(), {"total_steps": 9}, "ZeroDuringWarmup needs the length of the learning .* Give it as warm"),
+        (lambda: SAM(Perturbation(Linear(1.0, 0.0))), {}, "Linear needs the number of training steps. Give it as tot"),
+    ],
+)
+def test_what_is_not_known_of_the_training_is_asked_for_before_it_begins(method, known, message):
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(base := tiny_mlp(), momentum_sgd(base))
+    with pytest.raises(ValueError, match=message):
+        SharpStep(method(), model, optimizer, accelerator, loss_of, **known)
+    with pytest.raises(ValueError, match=message):
+        SharpOptimizer(momentum_sgd(base), method(), base)
+    SharpStep(method(), model, optimizer, accelerator, loss_of, total_steps=9, warmup_steps=2)
+
+
+def test_the_optimizer_refuses_an_ascent_for_each_rank():
+    model = tiny_mlp()
+    with pytest.raises(ValueError, match=r"SAM needs gradients before they are reduced over ranks\. Use SharpTrainer"):
+        SharpOptimizer(momentum_sgd(model), sam(0.1, per_rank=True), model)
 
 
 def test_msam_works_with_a_radius_that_needs_no_schedule():

@@ -110,7 +110,7 @@ ALLOWED: dict[str, set[str]] = {
     "frozen": {"torch", ".objectives"},
     "search": {"numpy", ".config", ".methods.base"},
     "__main__": {".config"},
-    "refusals": {"transformers", "accelerate", ".methods.base", ".shards"},
+    "refusals": {"transformers", "accelerate", ".methods.base", ".part", ".shards"},
     "trainer_host": {"torch", "transformers", "accelerate", ".accelerate_host", ".momentum", ".records", ".refusals"},
     # floor 6
     "trainer": {

@@ -312,7 +312,11 @@ def test_checkpoints_hold_the_method_its_settings_and_no_pickle_of_ours(tmp_path
     trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method={"method": "fsam", "every": 3}, **settings)
     checkpoint = tmp_path / "checkpoint-4"
     record = json.loads((checkpoint / "sharp_config.json").read_text())
-    assert record == {"repr": repr(trainer.method), "settings": {"method": "fsam", "every": 3}}
+    assert record == {
+        "repr": repr(trainer.method),
+        "settings": {"method": "fsam", "every": 3},
+        "rounding": "stochastic",
+    }
     masks = load_file(checkpoint / "sharp_state.safetensors")
     assert masks and all(m.dtype == torch.bool for m in masks.values())
     size = (checkpoint / "sharp_state.safetensors").stat().st_size
@@ -351,6 +355,14 @@ def test_resuming_with_another_method_warns_and_names_both(tmp_path):
     train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
     trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.2), **settings)
     with pytest.warns(UserWarning, match=r"rho=0.1.*rho=0.2"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_resuming_with_another_rounding_warns(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "method": sam(0.1)}
+    train(SharpTrainer, bert(), text_rows(20), tmp_path, rounding="nearest", **settings)
+    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, **settings)
+    with pytest.warns(UserWarning, match=r"trained with rounding=nearest, and goes on with rounding=stochastic"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

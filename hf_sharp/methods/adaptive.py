@@ -50,6 +50,11 @@ class Adaptive(Method):
             raise ValueError(self._refusal())
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The threshold falls over the length of training."""
+        return frozenset({"length"})
+
+    @property
     def cost(self) -> float:
         """About half the steps use the method; the data decide."""
         return 1 + 0.5 * (self.method.cost - 1)

@@ -34,6 +34,11 @@ class After(Sometimes):
         is_method(self.method)
 
     @property
+    def needs(self) -> frozenset[str]:
+        """When to start is a share of the length of training."""
+        return frozenset({"length"})
+
+    @property
     def cost(self) -> float:
         """The mean over the whole training."""
         return self.ratio + (1 - self.ratio) * self.method.cost

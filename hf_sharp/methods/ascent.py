@@ -63,8 +63,8 @@ class Ascent(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """A part of the window is chosen before its first pass."""
-        return frozenset({"window"} if self.fraction < 1 else ())
+        """A part of the window is chosen before its first pass; a rank's own gradient is seen before it is reduced."""
+        return frozenset(({"window"} if self.fraction < 1 else set()) | ({"ranks"} if self.per_rank else set()))
 
     @property
     def cost(self) -> float:
