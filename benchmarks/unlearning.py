@@ -300,7 +300,7 @@ def main() -> None:
     )
     parser.add_argument("--forget_people", type=int, default=4)
     parser.add_argument("--retain_people", type=int, default=16)
-    parser.add_argument("--teach_epochs", type=int, default=30)
+    parser.add_argument("--teach_epochs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)

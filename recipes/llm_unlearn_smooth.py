@@ -4,6 +4,12 @@ The demo (no network: a small Llama learns made-up facts by heart, and another o
 
     accelerate launch recipes/llm_unlearn_smooth.py
 
+Expected there (one seed, 1 min 46 s on 2 CPU cores): the probability of the answers to forget falls from 0.97 to 0.05
+with NPO and to 0.05 with NPO and SAM (a model that never knew them: 0.01); what is retained stands at 0.93 and 0.92,
+from 0.97. Relearning 20 rows brings *other* forgotten rows back by 0.14 without smoothing, by 0.14 with half as many
+steps again (SAM's compute), by 0.06 with SAM. The relearned rows themselves come back to 0.98 in every case: smoothing
+slows relearning, it does not block it. With --seeds 3 the difference to SAM is 0.09 +/- 0.03.
+
 Real models; without --teach_epochs a given model is taken as one that knows the facts already:
 
     accelerate launch recipes/llm_unlearn_smooth.py --dataset_name locuslab/TOFU --lora --bf16 \

@@ -67,7 +67,8 @@ def table_of(ends, **more):
 
 def test_the_table_says_what_was_gained_forgotten_and_taken():
     lines = report.exchange(table_of([(28, 44), (28, 43), (28, 42)], seconds=0.2, memory=3 * 2**20), PLACES, "lora")
-    heads, dashes, base, other, less, sentence = lines.splitlines()
+    heads, dashes, before, base, other, less, sentence = lines.splitlines()
+    assert before.split() == "before - 100.00 10.00 - - - - - - -".split()
     assert heads.split("  ")[0].strip() == "method" and set(dashes) == {"-"} and less.startswith("Perplexities: less")
     assert base.split() == "lora 3 20.00 50.00 - - - 100.0 1.00 1.0 1.00".split()
     # At 28 the baseline had forgotten up to 46: -2, -3, -4, with a 95 % interval of 4.303 / sqrt(3) = 2.48 around -3.
@@ -92,7 +93,7 @@ def test_sentences(ends, words):
 def test_without_an_old_domain_there_is_no_sentence():
     rows = [row("lora", 0, (100,), (20,)), row("other", 0, (100,), (19,), memory=None)]
     lines = report.exchange(rows, PLACES[:1], "lora").splitlines()
-    assert len(lines) == 5 and lines[3].split() == "other 1 19.00 -1.00 - 100.0 1.00 - -".split()
+    assert len(lines) == 6 and lines[4].split() == "other 1 19.00 -1.00 - 100.0 1.00 - -".split()
 
 
 def test_the_picture_has_a_line_a_run_and_one_entry_a_method(tmp_path, monkeypatch):

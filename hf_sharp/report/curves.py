@@ -9,7 +9,13 @@ from hf_sharp.report.results import write_whole
 Curve = Sequence[tuple[float, float]]
 
 
-def curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]], path: str | Path, x_label: str, y_label: str) -> None:
+def curves(
+    panels: Mapping[str, Mapping[str, Sequence[Curve]]],
+    path: str | Path,
+    x_label: str,
+    y_label: str,
+    limits: tuple[float, float] | None = None,
+) -> None:
     """Draw curves, thin for each seed and thick for their mean where there are several.
 
     Args:
@@ -17,6 +23,7 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]], path: str | Path
         path: the PNG file.
         x_label: below each panel.
         y_label: beside the first one; all share its scale.
+        limits: from where to where that scale goes; None: as the curves need.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -42,5 +49,7 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]], path: str | Path
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(y_label)
+    if limits is not None:
+        axes[0].set_ylim(*limits)
     axes[-1].legend(fontsize=7, loc="best")
     write_whole(Path(path), lambda temporary: figure.savefig(temporary, dpi=150, format="png"))

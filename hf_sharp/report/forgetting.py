@@ -75,7 +75,8 @@ def exchange(rows: Sequence[Row], places: Sequence[str], baseline: str) -> str:
         baseline: the method that the others are compared with.
 
     Returns:
-        A table, with 95 % intervals where there are several seeds, and a sentence for each method.
+        A table, with where the runs began and 95 % intervals where there are several seeds, and a sentence for each
+        method.
     """
     runs: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -83,6 +84,9 @@ def exchange(rows: Sequence[Row], places: Sequence[str], baseline: str) -> str:
     base = runs.get(baseline, {})
     heads = [f"{place} - {baseline}" for place in places]
     lines = [["method", "seeds", *places, *heads, "at equal gain", "ms/step", "time", "MiB", "memory"]]
+    if rows:
+        starts = (statistics.fmean(row["path"][0][at] for row in rows) for at in range(len(places)))
+        lines.append(["before", "-", *(f"{start:.2f}" for start in starts), *"-" * (len(places) + 5)])
     said = []
     for method, own in runs.items():
         pairs = [(row["path"], base[seed]["path"]) for seed, row in own.items() if seed in base and method != baseline]
@@ -150,6 +154,8 @@ def plot_paths(rows: Sequence[Row], path: str | Path, places: Sequence[str]) -> 
     axis.set_xlabel(f"perplexity {places[0]}")
     axis.set_ylabel(f"perplexity {places[1]}")
     axis.set_xscale("log")
+    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:g}")  # 30, where the default writes 3 x 10^1
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     write_whole(Path(path), lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
