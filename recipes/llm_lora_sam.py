@@ -4,10 +4,10 @@ The demo (no network: a small Llama reads the docstrings of the standard library
 
     accelerate launch recipes/llm_lora_sam.py
 
-Expected there (perplexities of code and of docstrings, three seeds, 3 min 19 s on 2 CPU cores): before 310 and 75, lora
-23.0 and 171, lora_sam 23.5 and 170, bi_lora 23.0 and 171, nbar 23.1 and 172. Learning code by adapters forgets the
-docstrings, and at this size no method forgets less than plain LoRA at equal gain by more than the seeds differ. Time a
-step: lora_sam 2.04 of plain LoRA's, bi_lora 1.08, nbar 1.00.
+Expected there (perplexities of code and of docstrings, three seeds, 3 min 19 s on 2 CPU cores): before 310 and 75,
+lora 23.0 and 171, lora_sam 23.5 and 170, bi_lora 23.0 and 171, nbar 23.1 and 172. Learning code by adapters forgets
+the docstrings, and at this size no method forgets less than plain LoRA at equal gain by more than the seeds differ.
+Time a step: lora_sam 2.04 of plain LoRA's, bi_lora 1.08, nbar 1.00.
 
 Your own model and text; what the model should not forget is --ood_file or --ood_dataset_name (may be left out):
 
