@@ -26,7 +26,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import unlearning_tables
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from unlearning_tables import BEFORE, GOLD, LONGER, NONE
 
 from hf_sharp import (
     NPO,
@@ -55,15 +57,14 @@ from hf_sharp.unlearning import (
 )
 
 LENGTH = 192
-BEFORE, GOLD = "before", "never knew"
 OBJECTIVES: dict[str, Any] = {
     "npo": NPO(beta=0.1, retain_weight=20.0),
     "simnpo": SimNPO(beta=1.0, retain_weight=1.0),
     "graddiff": GradientDifference(retain_weight=1.0, max_nll=4.0),
 }
 SMOOTHINGS: dict[str, tuple[Any, float]] = {  # the method of the forget term, and how many times the steps
-    "none": (None, 1.0),
-    "none, 1.5 x steps": (None, 1.5),
+    NONE: (None, 1.0),
+    LONGER: (None, 1.5),
     "sam": (sam(rho=0.1), 1.0),
     "rs": (randomized_smoothing(sigma=0.002), 1.0),
     "gp": (gradient_penalty(lam=0.1), 1.0),
@@ -76,7 +77,7 @@ ATTACKS: dict[str, tuple[int, str, float, tuple[int, ...]]] = {
     "20 rows": (20, "forget", 5e-4, (0, 2, 5, 10, 20)),
     "40 rows": (40, "forget", 5e-4, (0, 5, 10, 20)),
     "20 rows, lr 2e-4, 100 steps": (20, "forget", 2e-4, (0, 10, 25, 50, 100)),
-    "20 rows, lr 2e-3, 100 steps": (20, "forget", 2e-3, (0, 10, 25, 50, 100)),
+    "20 rows, lr 2e-3, 100 steps": (20, "forget", 2e-3, (0, 1, 2, 5, 10, 25, 100)),
     "20 unrelated rows": (20, "retain", 5e-4, (0, 10, 20)),
 }
 
@@ -223,22 +224,7 @@ def attacked(model: Any, attack: str, facts: Facts, forget: list, retain: list, 
 
 
 def tables(args: argparse.Namespace) -> None:
-    lines = read(args.work)
-    attacks = [attack for attack in ATTACKS if any(line["attack"] == attack for line in lines)]
-    for objective in dict.fromkeys(line["objective"] for line in lines if line["objective"]):
-        rows = [line for line in lines if line["objective"] in (objective, "")]
-        smoothings = dict.fromkeys(row["smoothing"] for row in rows)
-        print(f"\n{objective}: {OBJECTIVES[objective]!r}\n\n| smoothing | seeds | {' | '.join([*PICKS, *attacks])} |")
-        print("|---" * (2 + len(PICKS) + len(attacks)) + "|")
-        for smoothing in smoothings:
-            print(f"| {' | '.join(line_of(rows, smoothing, attacks))} |")
-        panels: dict[str, dict[str, list]] = {attack: {} for attack in attacks}
-        for row in (row for row in rows if row["attack"]):
-            curve = [(record["step"], record["untouched_probability"]) for record in row["curve"]]
-            panels[row["attack"]].setdefault(row["smoothing"], []).append(curve)
-        path = args.work / f"{objective}.png"
-        report.curves(panels, path, "steps of relearning", "probability of untouched answers")
-        print(f"\nWritten: {path}")
+    unlearning_tables.show(read(args.work), OBJECTIVES, list(ATTACKS), args.work)
 
 
 def keep_settings(args: argparse.Namespace) -> None:
@@ -253,42 +239,6 @@ def keep_settings(args: argparse.Namespace) -> None:
         report.write_json(args.work / "settings.json", report.keep_settings(args.work, settings))
     except ValueError as error:
         raise SystemExit(f"unlearning.py: {error}") from error
-
-
-PICKS = {
-    "forget": ("forget", "probability"),
-    "NLL": ("forget", "nll"),
-    "accuracy": ("forget", "token_accuracy"),
-    "ROUGE": ("rouge",),
-    "8 bits": ("8 bits", "probability"),
-    "4 bits": ("4 bits", "probability"),
-    "retain": ("retain", "probability"),
-}
-
-
-def line_of(rows: list[dict[str, Any]], smoothing: str, attacks: list[str]) -> list[str]:
-    """What a smoothing leaves, and after each attack the untouched rows' probability with its difference to none."""
-    own = [row for row in rows if row["smoothing"] == smoothing]
-    numbers = []
-    for path in PICKS.values():
-        values: list[Any] = [row for row in own if not row["attack"]]
-        for step in path:
-            values = [value[step] for value in values]
-        numbers.append(f"{fmean(values):.3f}" if values else "-")
-    for attack in attacks:
-        ends = {name: ends_of(rows, name, attack) for name in (smoothing, "none")}
-        paired = [end - ends["none"][seed] for seed, end in ends[smoothing].items() if seed in ends["none"]]
-        half = report.interval(paired)
-        shown = f"{fmean(ends[smoothing].values()):.3f}" if ends[smoothing] else "-"
-        compared = half is not None and smoothing not in ("none", BEFORE, GOLD)
-        numbers.append(shown + (f" ({fmean(paired):+.3f} +/- {half:.3f})" if compared else ""))
-    return [smoothing, str(len({row["seed"] for row in own})), *numbers]
-
-
-def ends_of(rows: list[dict[str, Any]], smoothing: str, attack: str) -> dict[int, float]:
-    """Probability of the untouched rows at the end of an attack, by seed."""
-    chosen = [row for row in rows if (row["smoothing"], row["attack"]) == (smoothing, attack)]
-    return {row["seed"]: row["curve"][-1]["untouched_probability"] for row in chosen}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ def main_of(monkeypatch, *arguments):
     spec = importlib.util.spec_from_file_location("unlearning_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
     spec.loader.exec_module(module)
     module.main()
@@ -52,16 +53,19 @@ def test_the_grid_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     main_of(monkeypatch, "report", "--work", tmp_path)
     printed = capsys.readouterr().out.splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed if line.startswith("|")]
-    assert table[0][:3] == ["smoothing", "seeds", "forget"] and table[0][-2:] == ["4 rows", "20 unrelated rows"]
-    assert [row[0] for row in table[2:]] == labels and [row[1] for row in table[2:]] == ["1", "1", "2", "2", "2"]
-    assert all("+/-" in row[-1] for row in table[5:]) and not any("+/-" in row[-1] for row in table[2:5])
-    sam = [
-        line["curve"][-1]["untouched_probability"]
-        for line in (*first, *again)
-        if line["attack"] == "4 rows" and line["smoothing"] == "sam"
-    ]
-    assert len(sam) == 2 and table[5][-2].startswith(f"{sum(sam) / 2:.3f} (")
+    parts = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed if line.startswith("|")]
+    starts = [place for place, row in enumerate(parts) if row[0] == "smoothing"]
+    state, untouched, _, relearned = (parts[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True))
+    assert state[0][:3] == ["smoothing", "seeds", "forget"] and [row[0] for row in state[2:]] == labels
+    assert [row[1] for row in state[2:]] == ["1", "1", "2", "2", "2"]
+    assert untouched[0][1:] == relearned[0][1:] == ["4 rows", "20 unrelated rows"]
+    assert all("+/-" in row[-1] for row in untouched[5:]) and not any("+/-" in row[-1] for row in untouched[2:5])
+    sam = [line["curve"] for line in (*first, *again) if line["attack"] == "4 rows" and line["smoothing"] == "sam"]
+    values = [[record["untouched_probability"] for record in curve] for curve in sam]
+    gain = sum(max(way) - way[0] for way in values) / 2
+    assert len(sam) == 2 and untouched[5][1].startswith(f"{gain:.3f} (")
+    ends = [curve[-1]["relearned_probability"] for curve in sam]
+    assert relearned[5][1] == f"{sum(ends) / 2:.3f}"
     assert (tmp_path / "npo.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"other settings \(lr: 0.001 there, 0.01 now\)"):
         main_of(monkeypatch, "run", "--work", tmp_path, *TOY, "--lr", "0.01")
