@@ -224,7 +224,7 @@ def attacked(model: Any, attack: str, facts: Facts, forget: list, retain: list, 
 
 
 def tables(args: argparse.Namespace) -> None:
-    unlearning_tables.show(read(args.work), OBJECTIVES, list(ATTACKS), args.work)
+    unlearning_tables.show(read(args.work), OBJECTIVES, [BEFORE, GOLD, *SMOOTHINGS], list(ATTACKS), args.work)
 
 
 def keep_settings(args: argparse.Namespace) -> None:

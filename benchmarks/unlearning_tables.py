@@ -23,18 +23,22 @@ PICKS = {
 }
 
 
-def show(lines: Sequence[Line], objectives: Mapping[str, Any], attacks: Sequence[str], work: Path) -> None:
+def show(
+    lines: Sequence[Line], objectives: Mapping[str, Any], order: Sequence[str], attacks: Sequence[str], work: Path
+) -> None:
     """Print the tables and draw the curves of every objective.
 
     Args:
         lines: the numbers, a line a cell and attack.
         objectives: their settings by name.
+        order: of the smoothings.
         attacks: in the order of the columns; those without a line are left out.
         work: where the pictures go.
     """
     attacks = [attack for attack in attacks if any(line["attack"] == attack for line in lines)]
     for objective in dict.fromkeys(line["objective"] for line in lines if line["objective"]):
         rows = [line for line in lines if line["objective"] in (objective, "")]
+        rows = sorted(rows, key=lambda row: order.index(row["smoothing"]))
         smoothings = list(dict.fromkeys(row["smoothing"] for row in rows))
         print(f"\n{objective}: {objectives[objective]!r}\n\nAfter unlearning:\n")
         _print("smoothing", ["seeds", *PICKS], {name: _state(rows, name) for name in smoothings})
@@ -48,11 +52,12 @@ def show(lines: Sequence[Line], objectives: Mapping[str, Any], attacks: Sequence
         print("\nProbability of the relearned rows at the end:\n")
         _print("smoothing", attacks, {n: [_ends(rows, n, attack) for attack in attacks] for n in smoothings})
         panels: dict[str, dict[str, list]] = {attack: {} for attack in attacks}
-        for row in (row for row in rows if row["attack"]):
-            curve = [(record["step"], record["untouched_probability"]) for record in row["curve"]]
+        for row in (row for row in rows if row["attack"] and row["smoothing"] != BEFORE):  # far above all others
+            start = row["curve"][0]["untouched_probability"]
+            curve = [(record["step"], record["untouched_probability"] - start) for record in row["curve"]]
             panels[row["attack"]].setdefault(row["smoothing"], []).append(curve)
         path = work / f"{objective}.png"
-        report.curves(panels, path, "steps of relearning", "probability of untouched answers")
+        report.curves(panels, path, "steps of relearning", "gain in probability, untouched rows")
         print(f"\nWritten: {path}")
 
 

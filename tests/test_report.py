@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 
 import pytest
 from scipy import stats
@@ -234,3 +235,13 @@ def test_timer_leaves_out_warm_up_and_what_is_between_steps(monkeypatch):
         if step == 1:
             assert timer.seconds_per_step == 9
     assert timer.seconds_per_step == 2
+
+
+def test_curves_stand_in_rows_of_three_or_four(tmp_path):
+    def size(panels):
+        lines = {"none": [[(0, 0.1), (5, 0.3)], [(0, 0.2), (5, 0.2)]], "sam": [[(0, 0.1), (5, 0.2)]]}
+        report.curves({str(n): lines for n in range(panels)}, tmp_path / "curves.png", "steps", "probability")
+        return struct.unpack(">II", (tmp_path / "curves.png").read_bytes()[16:24])
+
+    (wide, low), (_, high), (wider, _) = size(3), size(5), size(4)
+    assert high == 2 * low and wider > wide

@@ -22,8 +22,8 @@ def curves(
         panels: by the panel's title and the label of the line: a curve a seed, each of (x, y), all with the same x.
         path: the PNG file.
         x_label: below each panel.
-        y_label: beside the first one; all share its scale.
-        limits: from where to where that scale goes; None: as the curves need.
+        y_label: beside the first of each row; all share one scale.
+        limits: from where to where it goes; None: as the curves need.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -33,9 +33,12 @@ def curves(
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError("The plot needs matplotlib: pip install hf_sharp[recipes]") from error
-    figure = Figure(figsize=(1.5 + 3.6 * max(len(panels), 1), 3.6), layout="constrained")
+    columns = min(max(len(panels), 1), 4 if len(panels) % 4 == 0 else 3)
+    rows = max(-(-len(panels) // columns), 1)
+    figure = Figure(figsize=(1.5 + 3.6 * columns, 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, max(len(panels), 1), squeeze=False, sharey=True)[0]
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    axes = grid.ravel()
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for label, seeds in lines.items():
@@ -48,8 +51,11 @@ def curves(
         axis.set_xlabel(x_label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(y_label)
+    for unused in axes[len(panels) :]:
+        unused.set_axis_off()
+    for first in grid[:, 0]:
+        first.set_ylabel(y_label)
     if limits is not None:
         axes[0].set_ylim(*limits)
-    axes[-1].legend(fontsize=7, loc="best")
+    axes[max(len(panels), 1) - 1].legend(fontsize=7, loc="best")
     write_whole(Path(path), lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
