@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,7 +17,29 @@ from hf_sharp.labels import shifts_labels
 from hf_sharp.momentum import momentum_of
 from hf_sharp.shards import sharded
 from hf_sharp.shift import Pool, displaced
-from hf_sharp.vector import copy_
+from hf_sharp.vector import alike, copy_
+
+BUCKET = 25 * 2**20  # bytes, as in DDP
+
+
+def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Cut a list of tensors into parts that can be sent as one.
+
+    Args:
+        tensors: the tensors, the same ones on every rank.
+
+    Returns:
+        In their order: tensors of one dtype and device, of at most 25 MiB together; larger ones alone.
+    """
+    found: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        size += tensor.nbytes
+        if not found or not alike(found[-1][:1], [tensor]) or size > BUCKET:
+            found.append([])
+            size = tensor.nbytes
+        found[-1].append(tensor)
+    return found
 
 
 class AcceleratorHost(Host):
@@ -187,8 +209,13 @@ class AcceleratorHost(Host):
         return None if self.optimizer is None else momentum_of(self.optimizer, self.parameters)
 
     def mean_over_ranks(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Accelerate's reduction."""
-        return [self.accelerator.reduce(t, reduction="mean") for t in tensors]
+        """Accelerate's reduction, of as many tensors at once as fit into a bucket of DDP's size."""
+        means: list[Tensor] = []
+        for bucket in buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]) if len(bucket) > 1 else bucket[0]
+            parts = self.accelerator.reduce(flat, reduction="mean").reshape(-1).split([t.numel() for t in bucket])
+            means += [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
+        return means
 
     def subset_works(self, further: dict[str, bool]) -> bool:
         """Whether a backward towards some parameters alone is possible here; says once what it costs where not.

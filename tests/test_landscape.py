@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_sharp import Opening, ParamVector, rows
+from hf_sharp import Opening, ParamVector, accelerate_host, rows
 from hf_sharp.landscape import Landscape
 from models import batch_of, mlp_rows, tiny_mlp, windows_of
 from references import functional, window_gradient
@@ -443,3 +443,17 @@ def test_the_realised_shift_of_bf16_weights_is_measured():
         landscape.metrics["sharp_noise"].double(), (real - e).norm() / e.norm(), rtol=1e-3, atol=1e-3
     )
     assert landscape.metrics["sharp_component"] < 0.5
+
+
+def test_what_is_sent_as_one_is_of_one_kind_and_at_most_a_bucket(monkeypatch):
+    monkeypatch.setattr(accelerate_host, "BUCKET", 32)
+    a, b, c = (torch.ones(n) for n in (4, 4, 1))
+    large, half = torch.ones(9), torch.ones(2, dtype=torch.bfloat16)
+    found = accelerate_host.buckets([a, b, c, large, half, half])
+    assert [[id(t) for t in bucket] for bucket in found] == [
+        [id(a), id(b)],
+        [id(c)],
+        [id(large)],
+        [id(half), id(half)],
+    ]
+    assert accelerate_host.buckets([]) == []
