@@ -213,7 +213,7 @@ class SharpStep:
         loss = stepper.micro_batch(batch, last, measuring)
         if last:
             host.step += 1
-            self.metrics = stepper.metrics if measuring else self.metrics
+            self.metrics = stepper.taken() if measuring else self.metrics
         return loss * host.divisor
 
     def state_dict(self) -> dict[str, Any]:

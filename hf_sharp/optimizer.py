@@ -176,9 +176,14 @@ class SharpOptimizer(torch.optim.Optimizer):
             )
         host = ClosureHost(optimizer, model)
         known = {"names"} if all(not n.startswith("parameter ") for n in host.parameters) else set()
+        running = torch.distributed.is_available() and torch.distributed.is_initialized()
+        several = running and torch.distributed.get_world_size() > 1
         refuse_needs(
             method,
-            known | {"parameters", "update"} | ({"modules"} if model is not None else set()),
+            known
+            | {"update"}
+            | ({"modules"} if model is not None else set())
+            | (set() if several else {"parameters"}),
             "A closure hides the data, and without model= there are no names. Pass model=, or use SharpTrainer or "
             "SharpStep",
         )

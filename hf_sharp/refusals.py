@@ -150,6 +150,7 @@ WAYS_OUT = {  # of needs that do not hang on how a door meets the data
     "length": "Give it as total_steps= of SharpStep or steps= of the schedule, or use SharpTrainer",
     "warmup": "Give it as warmup_steps= of SharpStep or steps= of ZeroDuringWarmup, or use SharpTrainer",
     "ranks": "Use SharpTrainer, SharpStep or per_rank=False",
+    "parameters": "A closure cannot average their gradients over processes: use SharpTrainer or SharpStep",
 }
 
 

@@ -26,7 +26,8 @@ class Stepper:
         rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" or "nearest".
 
     Attributes:
-        metrics: what the last measured step measured, 0-dim tensors by name, and `sharp_evaluations`.
+        metrics: what was measured since they were last taken, 0-dim tensors by name: of each the last, and as
+            `sharp_evaluations` the mean over the measured steps.
         losses: with named terms, what the host logged for each in the last finished step, without its weight.
     """
 
@@ -38,6 +39,7 @@ class Stepper:
         self.host = host
         self.metrics: dict[str, Tensor | float] = {}
         self.losses: dict[str, Tensor] = {}
+        self._measured = 0
         self._pool = Pool()
         self._batches: list[Any] = []
         self._next = 0
@@ -110,10 +112,24 @@ class Stepper:
             self.method.rollback(self._before)  # the host will skip this step
         self._before = {}
         if landscape.measuring:
-            self.metrics = landscape.measured()
+            self._measure(landscape.measured())
         self.losses = landscape.losses
         landscape.close()
         self._batches, self._next, self._landscape = [], 0, None
+
+    def _measure(self, measured: dict[str, Tensor | float]) -> None:
+        total = measured["sharp_evaluations"] + self.metrics.get("sharp_evaluations", 0.0) * self._measured
+        self._measured += 1
+        self.metrics = {**self.metrics, **measured, "sharp_evaluations": total / self._measured}
+
+    def taken(self) -> dict[str, Tensor | float]:
+        """The metrics, which begin anew.
+
+        Returns:
+            What was measured since this was last called.
+        """
+        metrics, self.metrics, self._measured = self.metrics, {}, 0
+        return metrics
 
     def _overflowed(self, grad: ParamVector) -> bool:
         """Whether the host will skip the step. Without a scaler none does, and asking a device would wait for it."""

@@ -86,7 +86,7 @@ class SharpMixin:
         if stepper is None:
             return super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore
         self._sharp_host.wrapped, self._sharp_host.items = model, num_items_in_batch
-        measuring = self._logs_next_step()
+        measuring = self._measures_next_step()
         if not stepper.expects_more:
             return stepper.alone(inputs, measuring)
         return stepper.micro_batch(inputs, self.accelerator.sync_gradients, measuring)  # pyright: ignore
@@ -107,23 +107,25 @@ class SharpMixin:
     def _knows_samples(self) -> bool:
         return self.method is not None and any("index" in part.needs for _, part in self.method.walk())
 
-    def _logs_next_step(self) -> bool:
-        """Whether the step being made will be logged, as the Trainer's default flow decides it."""
+    def _measures_next_step(self) -> bool:
+        """Whether the step being made is logged, or one of the method's period before that.
+
+        So a method of every tenth step is measured at the sharp one among the last ten, whichever that is.
+
+        Returns:
+            True if its metrics are wanted.
+        """
+        assert self.method is not None
         args, state = self.args, self.state  # pyright: ignore
         step = state.global_step + 1
         if step == 1 and args.logging_first_step:
             return True
+        loader, every, rest = self.callback_handler.train_dataloader, 0, state.max_steps  # pyright: ignore
         if args.logging_strategy == "steps":
-            return bool(state.logging_steps) and step % state.logging_steps == 0
-        if args.logging_strategy == "epoch":
-            loader = self.callback_handler.train_dataloader  # pyright: ignore
-            if not hasattr(loader, "__len__"):
-                return False
-            return (
-                step % max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1) == 0
-                or step == state.max_steps
-            )
-        return False
+            every = state.logging_steps
+        elif args.logging_strategy == "epoch" and hasattr(loader, "__len__"):
+            every, rest = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1), state.max_steps - step
+        return bool(every) and min(-step % every, rest) < self.method.period
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """The operations of all passes made since the last call, so that FLOs count what was computed."""
@@ -219,8 +221,7 @@ class SharpMixin:
         """The Trainer's, with the metrics of the step beside its loss."""
         stepper = self._sharp_stepper
         if stepper is not None and stepper.metrics and "loss" in logs:
-            logs.update(self._read_metrics(stepper.metrics))
-            stepper.metrics = {}
+            logs.update(self._read_metrics(stepper.taken()))
         super().log(logs, *args, **kwargs)  # pyright: ignore
 
     def _read_metrics(self, metrics: dict[str, Any]) -> dict[str, float]:

@@ -39,7 +39,7 @@ from hf_sharp.unlearning import Encoder, ForgetRetainCollator, ForgetRetainDatas
 SMOOTHINGS: dict[str, dict[str, str]] = {  # settings of SharpConfig: a word, or the flag that gives the number
     "sam": {"method": "sam", "rho": "--rho"},
     "asam": {"method": "asam", "rho": "--asam_rho"},
-    "tram": {"method": "tram", "sigma": "--tram_sigma"},
+    "tram": {"method": "tram", "reference": "noise", "sigma": "--tram_sigma"},
     "rs": {"method": "randomized_smoothing", "sigma": "--rs_sigma"},
     "gp": {"method": "gradient_penalty", "lam": "--gp_lam"},
     "cr": {"method": "curvature_regularization", "lam": "--cr_lam"},
@@ -64,7 +64,7 @@ class Arguments:
     smoothing: list[str] = field(default_factory=lambda: ["sam"], metadata={"help": f"{', '.join(SMOOTHINGS)}."})
     rho: float = field(default=0.01, metadata={"help": "Radius of sam."})
     asam_rho: float = field(default=0.5, metadata={"help": "Radius of asam."})
-    tram_sigma: float = field(default=0.1, metadata={"help": "Noise on the embeddings, tram."})
+    tram_sigma: float = field(default=0.1, metadata={"help": "Noise on the inputs by which tram finds its radius."})
     rs_sigma: float = field(default=0.001, metadata={"help": "Noise on the weights, rs."})
     gp_lam: float = field(default=0.1, metadata={"help": "Weight of the penalty, gp."})
     cr_lam: float = field(default=1.0, metadata={"help": "Weight of the penalty, cr."})

@@ -20,6 +20,7 @@ from hf_sharp import (
     SharpStep,
     SharpTrainer,
     asam,
+    bi_lora,
     fsam,
     msam,
     sam,
@@ -363,6 +364,14 @@ def test_the_optimizer_refuses_an_ascent_for_each_rank():
     model = tiny_mlp()
     with pytest.raises(ValueError, match=r"SAM needs gradients before they are reduced over ranks\. Use SharpTrainer"):
         SharpOptimizer(momentum_sgd(model), sam(0.1, per_rank=True), model)
+
+
+def test_the_optimizer_refuses_parameters_of_its_own_on_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model = tiny_mlp()
+    with pytest.raises(ValueError, match=r"BiLoRA needs a place in the optimizer .* cannot average their gradients"):
+        SharpOptimizer(momentum_sgd(model), bi_lora(0.1), model)
 
 
 def test_msam_works_with_a_radius_that_needs_no_schedule():

@@ -20,6 +20,7 @@ from hf_sharp import (
     SharpSeq2SeqTrainer,
     SharpTrainer,
     fsam,
+    looksam,
     make_sharp,
     sam,
     sam_on,
@@ -430,6 +431,16 @@ def test_metrics_are_in_every_line_with_a_loss(settings, tmp_path):
     lines = [line for line in trainer.state.log_history if "loss" in line]
     names = {"sharp_gap", "sharp_cos", "sharp_kappa", "sharp_component", "sharp_noise", "sharp_evaluations"}
     assert len(lines) >= 3 and all(names <= line.keys() for line in lines)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("method", [sam(0.1, interval=4), looksam(0.1, every=4)])
+def test_lines_tell_of_the_last_step_that_looked_around(method, strategy, tmp_path):
+    settings = {"logging_strategy": strategy, "logging_steps": 4, "max_steps": 8}
+    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(16), tmp_path, method=method, **settings)  # 4 steps an epoch
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 8]  # the sharp steps are the first and the fifth
+    assert all(line["sharp_gap"] > 0 and line["sharp_evaluations"] == 1.25 for line in lines)
 
 
 def test_metrics_are_logged_with_the_epoch_strategy(tmp_path):

@@ -31,6 +31,11 @@ class Method(Part):
     def cost(self) -> float:
         """The mean number of forward-backward passes over the window a step; plain training is 1."""
 
+    @property
+    def period(self) -> int:
+        """After how many steps what it does repeats; so many are measured for a line of the logs. The default is 1."""
+        return 1
+
     @abstractmethod
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The gradient to descend.

@@ -41,6 +41,11 @@ class Every(Sometimes):
         """The mean over `interval` steps."""
         return (self.method.cost + self.interval - 1) / self.interval
 
+    @property
+    def period(self) -> int:
+        """The interval, or as many of the method's own periods."""
+        return self.interval * self.method.period
+
     def due(self, landscape: Landscape) -> bool:
         """At steps that `interval` divides."""
         return landscape.step % self.interval == 0

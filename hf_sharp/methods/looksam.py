@@ -50,6 +50,11 @@ class LookSAM(Method):
         """One evaluation, and a second every so many steps."""
         return 1.0 + 1 / self.every
 
+    @property
+    def period(self) -> int:
+        """From one second evaluation to the next."""
+        return self.every
+
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The SAM gradient, or the plain one with the remembered part stretched to its length."""
         here = landscape.evaluate()

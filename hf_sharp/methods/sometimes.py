@@ -17,6 +17,11 @@ class Sometimes(Method):
 
     method: Method
 
+    @property
+    def period(self) -> int:
+        """The method's own."""
+        return self.method.period
+
     @abstractmethod
     def due(self, landscape: Landscape) -> bool:
         """Whether the method is used at this step.

@@ -61,6 +61,11 @@ class Sum(Method):
         return f"Sum({terms}, weights={self.weights!r})"
 
     @property
+    def period(self) -> int:
+        """The longest of the terms' own."""
+        return max(method.period for method in self.methods.values())
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the door must provide."""
         return frozenset({"terms"})
