@@ -1,4 +1,4 @@
-"""Two tasks on one encoder, SAM where some labels are wrong, plain where they are right: python multi_task.py."""
+"""Two tasks on one encoder, SAM where labels are wrong, plain where they are right: python examples/multi_task.py."""
 
 import tempfile
 from typing import Any

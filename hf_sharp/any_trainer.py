@@ -89,5 +89,5 @@ def __getattr__(name: str) -> Any:
     if name not in TRL:
         raise AttributeError(f"module 'hf_sharp' has no attribute '{name}'")
     if importlib.util.find_spec("trl") is None:
-        raise ImportError(f"{name} needs TRL, which is not installed: pip install hf_sharp[trl]")
+        raise ImportError(f"{name} needs TRL, which is not installed: pip install trl")
     return make_sharp(getattr(importlib.import_module("trl"), TRL[name]))

@@ -101,18 +101,22 @@ class SharpConfig:
     method: str = field(default="sam", metadata={"help": f"Method: {', '.join(METHODS)}."})
     rho: float | None = field(default=None, metadata={"help": "Radius of the perturbation."})
     eta: float | None = field(
-        default=None, metadata={"help": "asam, sam_on: added to |w|; fisher_sam: Fisher weight."}
+        default=None, metadata={"help": "asam, sam_on, tram: added to |w|; fisher_sam: Fisher weight."}
     )
     on: str | None = field(default=None, metadata={"help": "asam: adapt on 'weights' or 'all'."})
     keep: float | None = field(default=None, metadata={"help": "fsam: share of the entries perturbed, in (0, 1]."})
-    every: int | None = field(default=None, metadata={"help": "fsam: steps between refreshes of the mask."})
+    every: int | None = field(
+        default=None, metadata={"help": "fsam: steps between masks; looksam: between SAM steps."}
+    )
     fisher: str | None = field(default=None, metadata={"help": "fsam: 'batch' or 'per_sample'."})
     scope: str | None = field(default=None, metadata={"help": "fsam: largest entries, 'global' or per 'tensor'."})
     outside: str | None = field(
         default=None, metadata={"help": "fsam: bias, embeddings, BatchNorm 'always' or 'never'."}
     )
     renormalise: bool | None = field(default=None, metadata={"help": "fsam: give the masked perturbation radius rho."})
-    samples: int | None = field(default=None, metadata={"help": "fsam: rows for the per-sample Fisher."})
+    samples: int | None = field(
+        default=None, metadata={"help": "fsam: rows for its Fisher; randomized_smoothing: draws."}
+    )
     ball: str | None = field(default=None, metadata={"help": "sam_on: 'l2' or 'adaptive'."})
     rho_min: float | None = field(default=None, metadata={"help": "gsam: radius at learning rate zero."})
     alpha: float | None = field(

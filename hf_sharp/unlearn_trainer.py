@@ -328,6 +328,7 @@ def sum_of(method: MethodLike, objective: Objective) -> Sum:
         raise ValueError(f"{objective!r} has the terms {', '.join(weights)}, and the method is a Sum of {given}.")
     if any(not math.isclose(weight, method.weights[name]) for name, weight in weights.items() if weight != 1):
         raise ValueError(
-            f"The objective weighs its terms by {weights} and the Sum by {method.weights}: say it in one place."
+            f"The objective weighs its terms by {weights} and the Sum by {method.weights}. A Sum brings its own, 1 "
+            f"where it says none: give it weights={weights}."
         )
     return method

@@ -66,7 +66,10 @@ class Arguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows."})
     label_noise: list[float] = field(default_factory=list, metadata={"help": "Shares of random training labels."})
-    compare: list[str] = field(default_factory=list, metadata={"help": "Run too; plain_2x: with twice the epochs."})
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Run too, with the same --rho; plain_2x: twice the epochs."},
+    )
     seeds: int = field(default=1, metadata={"help": "Number of seeds, from --seed upwards."})
     model_name_or_path: str = field(default="", metadata={"help": "Hub id or folder, with safetensors."})
     config_name: str | None = field(default=None, metadata={"help": "If not that of the model."})

@@ -46,7 +46,10 @@ SMALL |= {"per_device_eval_batch_size": 128, "generation_max_length": 8, "max_ev
 class Arguments:
     """Which pairs, which model, and what is compared."""
 
-    compare: list[str] = field(default_factory=lambda: ["plain"], metadata={"help": "Methods to run beside --method."})
+    compare: list[str] = field(
+        default_factory=lambda: ["plain"],
+        metadata={"help": "Methods to run beside --method, with the same --rho."},
+    )
     seeds: int = field(default=1, metadata={"help": "Number of seeds, from --seed upwards."})
     model_name_or_path: str = field(default="", metadata={"help": "Hub id or folder, with safetensors."})
     train_file: str = field(default="", metadata={"help": ".csv, .tsv, .json, .jsonl or a folder of them."})

@@ -106,7 +106,7 @@ def test_an_argument_of_the_same_name_is_refused():
 def test_trls_trainers_without_trl_say_how_to_get_it(name, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == "trl" else found(module))
-    with pytest.raises(ImportError, match=rf"{name} needs TRL, which is not installed: pip install hf_sharp\[trl\]"):
+    with pytest.raises(ImportError, match=rf"{name} needs TRL, which is not installed: pip install trl"):
         getattr(hf_sharp, name)
 
 

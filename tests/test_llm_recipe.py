@@ -210,7 +210,7 @@ def test_what_is_not_installed_is_said_before_training(model, files, monkeypatch
     command = ["--model_name_or_path", model, "--train_file", files / "text.txt", "--output_dir", tmp_path]
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "trl" else found(name, *a))
-    with pytest.raises(SystemExit, match=r"needs TRL, which is not installed: pip install hf_sharp\[trl\]"):
+    with pytest.raises(SystemExit, match=r"needs TRL, which is not installed: pip install trl"):
         main_of(monkeypatch, *command, "--chat", "--use_cpu")
     monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda *_: False)
     with pytest.raises(SystemExit, match="--load_in_4bit needs bitsandbytes, which is not installed"):

@@ -281,5 +281,5 @@ def test_label_noise_refuses(share, classes, message):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs scikit-learn, .*pip install hf_sharp\[recipes\]"):
+    with pytest.raises(ImportError, match=r"needs scikit-learn, .*pip install scikit-learn"):
         optional("sklearn.metrics")

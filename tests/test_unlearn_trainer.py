@@ -385,7 +385,7 @@ def test_the_terms_and_weights_are_said_in_one_place():
     assert sum_of({"method": "sam", "rho": 0.1}, objective).methods["forget"] == sam(0.1)
     given = Sum(forget=sam(), retain=asam(), weights={"retain": 20.0})
     assert sum_of(given, objective) is given and sum_of(given, NPO()) is given
-    with pytest.raises(ValueError, match="say it in one place"):
+    with pytest.raises(ValueError, match=r"A Sum brings its own, 1 where it says none: give it weights=\{.*20"):
         sum_of(Sum(forget=sam(), retain=Plain()), objective)
     with pytest.raises(ValueError, match="has the terms forget, and the method is a Sum of forget, retain"):
         sum_of(Sum(forget=sam(), retain=Plain()), GradientAscent())

@@ -32,7 +32,7 @@ def curves(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ImportError("The plot needs matplotlib: pip install hf_sharp[recipes]") from error
+        raise ImportError("The plot needs matplotlib: pip install matplotlib") from error
     columns = min(max(len(panels), 1), 4 if len(panels) % 4 == 0 else 3)
     rows = max(-(-len(panels) // columns), 1)
     figure = Figure(figsize=(1.5 + 3.6 * columns, 3.6 * rows), layout="constrained")

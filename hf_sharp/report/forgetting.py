@@ -141,7 +141,7 @@ def plot_paths(rows: Sequence[Row], path: str | Path, places: Sequence[str]) -> 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ImportError("The plot needs matplotlib: pip install hf_sharp[recipes]") from error
+        raise ImportError("The plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axis: Any = figure.subplots()

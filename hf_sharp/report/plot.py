@@ -27,7 +27,7 @@ def plot(rows: Sequence[Row], path: str | Path, baseline: str = BASELINE) -> Non
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ImportError("The plot needs matplotlib: pip install hf_sharp[recipes]") from error
+        raise ImportError("The plot needs matplotlib: pip install matplotlib") from error
     panels: dict[str, list[Row]] = {}
     for row in rows:
         panels.setdefault(panel_title(row), []).append(row)

@@ -21,5 +21,5 @@ def optional(module: str) -> ModuleType:
     if importlib.util.find_spec(top) is None:
         names = {"sklearn": "scikit-learn", "rouge_score": "rouge-score", "PIL": "pillow"}
         package = names.get(top, top)
-        raise ImportError(f"This needs {package}, which is not installed: pip install hf_sharp[recipes]")
+        raise ImportError(f"This needs {package}, which is not installed: pip install {package}")
     return importlib.import_module(module)
