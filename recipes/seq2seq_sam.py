@@ -4,6 +4,8 @@ The demo (no network: a small T5, from scratch, writes the name of the package t
 
     accelerate launch recipes/seq2seq_sam.py
 
+Expected there (one seed, so a hint at most; 113 s of processor time): exactly right plain 0.618, sam 0.649.
+
 Your own pairs, a row each in a .csv, .tsv, .json or .jsonl file, or from the Hub:
 
     accelerate launch recipes/seq2seq_sam.py --model_name_or_path google-t5/t5-small --train_file news.jsonl \
