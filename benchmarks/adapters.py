@@ -33,7 +33,7 @@ from step import Contender, config_of, median_interval
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from hf_sharp import SharpTrainer
-from hf_sharp.report import LiveTensors
+from hf_sharp.recipes.report import LiveTensors
 
 PLAIN, AGAIN = "LoRA", "LoRA, again"
 SIZES = {"hidden": 256, "layers": 4, "batch": 8, "length": 128, "accumulate": 1, "rounds": 30, "lora_rank": 8}

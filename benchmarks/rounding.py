@@ -14,8 +14,8 @@ import time
 import torch
 from torch import Tensor, nn
 
-from hf_sharp.rounding import move_rounded_
-from hf_sharp.shift import realised
+from hf_sharp._engine.rounding import move_rounded_
+from hf_sharp._engine.shift import realised
 
 
 def measure(entries: int, rho: float, device: str, rounding: str) -> tuple[float, float, float]:

@@ -24,12 +24,13 @@ from accelerate import Accelerator
 from step import FLOOR, build, config_of, data, median_interval, race, ratios_of
 from torch import nn
 
-from hf_sharp import FisherMask, report
-from hf_sharp.landscape import Landscape
-from hf_sharp.loop import LoopHost
-from hf_sharp.rounding import move_rounded_
-from hf_sharp.shift import Pool, displaced
-from hf_sharp.vector import ParamVector, move_
+from hf_sharp import FisherMask
+from hf_sharp._engine.landscape import Landscape
+from hf_sharp._engine.rounding import move_rounded_
+from hf_sharp._engine.shift import Pool, displaced
+from hf_sharp._integrations.accelerate_loop import LoopHost
+from hf_sharp._tensors.vector import ParamVector, move_
+from hf_sharp.recipes import report
 
 SIZES = {  # hidden size and layers
     "2M": (128, 4),

@@ -49,8 +49,8 @@ from transformers import (
 )
 
 from hf_sharp import SharpConfig, SharpTrainer
-from hf_sharp.config import METHODS
-from hf_sharp.report import LiveTensors
+from hf_sharp._presets.config import METHODS
+from hf_sharp.recipes.report import LiveTensors
 
 FLOOR = "plain + bare pass"
 ADAPTERS = ("bar", "bi_lora", "flat_lora")  # benchmarks/adapters.py measures these

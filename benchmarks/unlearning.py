@@ -42,11 +42,10 @@ from hf_sharp import (
     report,
     sam,
 )
-from hf_sharp.encoding import IGNORED
 from hf_sharp.evaluation import rouge_l_recall, score, summary
-from hf_sharp.tasks import unlearning as task
-from hf_sharp.tasks.domains import byte_tokenizer
-from hf_sharp.tasks.fictions import Facts, attack_sets, load_facts
+from hf_sharp.recipes.tasks import unlearning as task
+from hf_sharp.recipes.tasks.domains import byte_tokenizer
+from hf_sharp.recipes.tasks.fictions import Facts, attack_sets, load_facts
 from hf_sharp.unlearning import (
     Encoder,
     ForgetRetainCollator,
@@ -55,6 +54,7 @@ from hf_sharp.unlearning import (
     quantize,
     relearn,
 )
+from hf_sharp.unlearning._encoding import IGNORED
 
 LENGTH = 192
 OBJECTIVES: dict[str, Any] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hf_sharp import report
+from hf_sharp.recipes import report
 
 Line = Mapping[str, Any]
 BEFORE, GOLD, NONE, LONGER = "before", "never knew", "none", "none, 1.5 x steps"

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from hf_sharp import SharpTrainer, sam
-from hf_sharp.tasks.forecasting import Forecaster, Windows, made_up_series, read_series, split_windows
+from hf_sharp.recipes.tasks.forecasting import Forecaster, Windows, made_up_series, read_series, split_windows
 
 LENGTH, HORIZON = 512, 96
 SETTINGS: dict[str, Any] = {

@@ -10,7 +10,7 @@ import inspect
 import re
 import textwrap
 
-from hf_sharp.config import METHODS, SCHEDULE_OPTIONS, options_of
+from hf_sharp._presets.config import METHODS, SCHEDULE_OPTIONS, options_of
 
 WIDTH, UNSAID = 110, "not said"
 NOTE = (

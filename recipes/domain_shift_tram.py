@@ -40,8 +40,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint, report
-from hf_sharp.tasks import domains as data
+from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint
+from hf_sharp.recipes import report
+from hf_sharp.recipes.tasks import domains as data
 
 TRAM = {"method": "tram", "scale": "--scale", "max_radius": "--max_radius"}
 METHODS: dict[str, dict[str, str]] = {  # settings of SharpConfig: a word, or the flag that gives the number

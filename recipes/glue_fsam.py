@@ -39,10 +39,19 @@ from transformers import (
     set_seed,
 )
 
-from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint, report
-from hf_sharp.config import options_of
-from hf_sharp.tasks import GLUE, PACKAGES, load_docstrings, load_glue, redraw_labels, small_bert, word_tokenizer
-from hf_sharp.tasks.metrics import load_metric, majority_value
+from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint
+from hf_sharp.recipes import report
+from hf_sharp.recipes.settings import options_of
+from hf_sharp.recipes.tasks import (
+    GLUE,
+    PACKAGES,
+    load_docstrings,
+    load_glue,
+    redraw_labels,
+    small_bert,
+    word_tokenizer,
+)
+from hf_sharp.recipes.tasks.metrics import load_metric, majority_value
 
 DEFAULTS = {"method": "fsam", "compare": ["plain"], "label_noise": [0.0], "logging_steps": 50, "save_total_limit": 1}
 DEFAULTS |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "report_to": "none"}

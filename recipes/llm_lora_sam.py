@@ -40,9 +40,10 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 import hf_sharp
-from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint, report
-from hf_sharp.tasks import chats
-from hf_sharp.tasks import domains as data
+from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint
+from hf_sharp.recipes import report
+from hf_sharp.recipes.tasks import chats
+from hf_sharp.recipes.tasks import domains as data
 
 METHODS: dict[str, dict[str, str]] = {  # settings of SharpConfig: a word, or the flag that gives the number
     "lora": {"method": "plain"},

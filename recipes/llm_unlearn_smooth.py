@@ -29,12 +29,19 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
-from hf_sharp import SharpConfig, UnlearnTrainer, WeightAveraging, report
-from hf_sharp.objectives import Objective
-from hf_sharp.objectives.names import OBJECTIVES, options_of, read_objective
-from hf_sharp.tasks import domains, fictions
-from hf_sharp.tasks import unlearning as task
-from hf_sharp.unlearning import Encoder, ForgetRetainCollator, ForgetRetainDataset, encode_rows
+from hf_sharp import Objective, SharpConfig, UnlearnTrainer, WeightAveraging
+from hf_sharp.recipes import report
+from hf_sharp.recipes.tasks import domains, fictions
+from hf_sharp.recipes.tasks import unlearning as task
+from hf_sharp.unlearning import (
+    OBJECTIVES,
+    Encoder,
+    ForgetRetainCollator,
+    ForgetRetainDataset,
+    encode_rows,
+    options_of,
+    read_objective,
+)
 
 SMOOTHINGS: dict[str, dict[str, str]] = {  # settings of SharpConfig: a word, or the flag that gives the number
     "sam": {"method": "sam", "rho": "--rho"},

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from hf_sharp import SharpConfig, SharpSeq2SeqTrainer, last_complete_checkpoint, report
-from hf_sharp.config import options_of
-from hf_sharp.tasks import domains, pairs
+from hf_sharp.recipes.settings import options_of
+from hf_sharp.recipes.tasks import domains, pairs
 
 DEFAULTS = {"output_dir": "outputs/seq2seq_sam", "report_to": "none", "save_total_limit": 1, "method": "sam"}
 DEFAULTS |= {"predict_with_generate": True, "save_strategy": "epoch", "logging_steps": 50}

@@ -34,15 +34,16 @@ import numpy as np
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint, report
-from hf_sharp.tasks import redraw_labels
-from hf_sharp.tasks.augmentation import Augmentation
-from hf_sharp.tasks.corruptions import corrupted_accuracy, corrupted_rows
-from hf_sharp.tasks.domains import accuracy
-from hf_sharp.tasks.image_data import ImageTask, load_digits, load_image_folder, load_image_hub
-from hf_sharp.tasks.image_models import ImageModel, pick_model, small_vit
-from hf_sharp.tasks.images import Batches, Images
-from hf_sharp.tasks.linear import linear_scores
+from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint
+from hf_sharp.recipes import report
+from hf_sharp.recipes.tasks import redraw_labels
+from hf_sharp.recipes.tasks.augmentation import Augmentation
+from hf_sharp.recipes.tasks.corruptions import corrupted_accuracy, corrupted_rows
+from hf_sharp.recipes.tasks.domains import accuracy
+from hf_sharp.recipes.tasks.image_data import ImageTask, load_digits, load_image_folder, load_image_hub
+from hf_sharp.recipes.tasks.image_models import ImageModel, pick_model, small_vit
+from hf_sharp.recipes.tasks.images import Batches, Images
+from hf_sharp.recipes.tasks.linear import linear_scores
 
 METHODS: dict[str, dict[str, str]] = {  # settings of SharpConfig: a word, or the flag that gives the number
     "plain": {"method": "plain"},

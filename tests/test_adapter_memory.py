@@ -7,7 +7,7 @@ from transformers import Trainer
 
 from doors import build
 from hf_sharp import Constant, SharpTrainer, bar, bi_lora, flat_lora, sam
-from hf_sharp.report import LiveTensors
+from hf_sharp.recipes.report import LiveTensors
 from models import causal_rows
 from peft_models import lora_llama
 from test_memory import Watch

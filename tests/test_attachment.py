@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from doors import Recorder, arguments, build, train, weights
-from hf_sharp import Every, Method, Opening, Plain, SharpOptimizer, SharpStep, SharpTrainer, Sum, sam
+from hf_sharp import Every, FirstPass, Method, Plain, SharpOptimizer, SharpStep, SharpTrainer, Sum, sam
 from models import mlp_rows, tiny_mlp, windows_of
 from references import flat
 from test_contract import Scaled
@@ -32,7 +32,7 @@ class Offset(Method):
     def adds(self, landscape):
         return {"offset": START}
 
-    def start(self, landscape):
+    def plan_first_pass(self, landscape):
         @contextmanager
         def moved():
             hook = landscape.modules["head"].register_forward_hook(lambda m, i, out: out + landscape.added["offset"])
@@ -41,7 +41,7 @@ class Offset(Method):
             finally:
                 hook.remove()
 
-        return Opening(within=moved)
+        return FirstPass(within=moved)
 
     def gradient(self, landscape):
         here = landscape.evaluate()

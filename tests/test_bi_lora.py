@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from doors import Recorder, build, train
 from hf_sharp import BiLoRA, Constant, Every, FlatLoRA, Linear, SharpTrainer, bi_lora
-from hf_sharp.adapters.bi_lora import Joined, JointLinear, clip_, joined
-from hf_sharp.adapters.lora import lora_linears
+from hf_sharp._adapters.bi_lora import Joined, JointLinear, clip_, joined
+from hf_sharp._adapters.lora import lora_linears
 from models import batch_of, causal_rows, mlp_rows, seeded, tiny_bert, tiny_llama
 from peft_models import frozen, lora_llama, lora_mlp, peft, trainables, with_lora
 from test_adapters import own

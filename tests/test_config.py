@@ -20,7 +20,7 @@ from hf_sharp import (
     sam,
     sam_on,
 )
-from hf_sharp.config import METHODS, SCHEDULE_OPTIONS, options_of, read_method
+from hf_sharp._presets.config import METHODS, SCHEDULE_OPTIONS, options_of, read_method
 
 
 def test_the_configs_fields_are_the_presets_keywords():

@@ -346,7 +346,7 @@ def test_what_moves_is_what_the_start_announces(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Landscape, "shifted", watched)
     trainer = train(SharpTrainer, tiny_mlp(), data(name, mlp_rows(40)), tmp_path, method=METHODS[name].method())
-    assert moved == set(trainer.method.moved(Landscape(trainer._sharp_host)))
+    assert moved == set(trainer.method.perturbed(Landscape(trainer._sharp_host)))
     assert bool(moved) == METHODS[name].moves
 
 

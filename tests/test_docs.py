@@ -19,7 +19,7 @@ from transformers import get_linear_schedule_with_warmup
 import hf_sharp
 from doors import arguments, train, weights
 from hf_sharp import Method, Perturbation, SharpTrainer, evaluation, sam, unlearning
-from hf_sharp.tasks.domains import byte_tokenizer
+from hf_sharp.recipes.tasks.domains import byte_tokenizer
 from models import batch_of, mlp_rows, text_rows, tiny_bert, tiny_llama, tiny_mlp
 from pages import DOCS, NEEDS, ROOT, anchors, broken, pages, parts, placed
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from hf_sharp.report import KEY, REQUIRED
-from hf_sharp.tasks import domains, word_tokenizer
+from hf_sharp.recipes.report import KEY, REQUIRED
+from hf_sharp.recipes.tasks import domains, word_tokenizer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "domain_shift_tram.py"
 TOY = ["--max_steps", "2", "--pretrain_steps", "1", "--max_eval_samples", "8", "--block_size", "16", "--use_cpu"]

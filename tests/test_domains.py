@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_sharp.tasks import PACKAGES, docstrings, domains, load_domains
-from hf_sharp.tasks.domains import Domain, accuracy, byte_tokenizer, encode, majority, pick_domain, small_llama
-from hf_sharp.tasks.extras import optional
+from hf_sharp._extras import optional
+from hf_sharp.recipes.tasks import PACKAGES, docstrings, domains, load_domains
+from hf_sharp.recipes.tasks.domains import Domain, accuracy, byte_tokenizer, encode, majority, pick_domain, small_llama
 
 # --- the embedded domains --------------------------------------------------------------------------------------------
 

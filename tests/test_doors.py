@@ -28,7 +28,7 @@ from hf_sharp import (
     tram,
     vasso,
 )
-from hf_sharp.refusals import refuse_accelerator
+from hf_sharp._integrations.refusals import refuse_accelerator
 from models import batch_of, mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
 from references import flat
 
@@ -90,7 +90,7 @@ def fresh_state():
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_loop_gives_the_trainers_weights(name, accumulate, tmp_path):
-    needs = set().union(*(part.needs for _, part in METHODS[name].method().walk()))
+    needs = set().union(*(part.needs for _, part in METHODS[name].method().named_parts()))
     if accumulate > 1 and needs & {"window", "terms"}:
         with pytest.raises(ValueError, match="one by one"):
             by_loop(METHODS[name].method(), data(name), accumulate)
@@ -211,7 +211,7 @@ def by_closure(method, steps=5, prepare=False, model_given=True):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_optimizer_gives_the_loops_weights(name):
-    needs = set().union(*(part.needs for _, part in METHODS[name].method().walk()))
+    needs = set().union(*(part.needs for _, part in METHODS[name].method().named_parts()))
     refusals = {"length": "number of training steps", "ranks": "per_rank=False", "": "A closure hides the data"}
     missing = {"warmup"} if name == "msam" else needs - {"names", "modules"}
     if missing:

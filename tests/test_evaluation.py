@@ -10,10 +10,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from decoding import greedy_by_loop, longest_common
-from hf_sharp import evaluation
 from hf_sharp.evaluation import TokenScores
-from hf_sharp.evaluation.reading import reading
-from hf_sharp.tasks.domains import byte_tokenizer
+from hf_sharp.recipes.tasks.domains import byte_tokenizer
+from hf_sharp.unlearning import _evaluation as evaluation
+from hf_sharp.unlearning._evaluation.reading import reading
 from models import seeded, tiny_llama
 
 P = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1]], dtype=torch.float64)  # of the next of 3 tokens

@@ -52,7 +52,7 @@ def opened_for(method, model, window, **settings):
     host = ToyHost(model, **settings)
     host.micro_batches = len(window)
     landscape = Landscape(host, window)
-    landscape.opening = method.start(landscape)
+    landscape.plan = method.plan_first_pass(landscape)
     for batch in window:
         landscape.first_pass(batch)
     return landscape

@@ -5,11 +5,11 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from hf_sharp import report
-from hf_sharp.encoding import Encoder, encode_rows
-from hf_sharp.tasks import fictions
-from hf_sharp.tasks import unlearning as task
-from hf_sharp.tasks.domains import byte_tokenizer
+from hf_sharp.recipes import report
+from hf_sharp.recipes.tasks import fictions
+from hf_sharp.recipes.tasks import unlearning as task
+from hf_sharp.recipes.tasks.domains import byte_tokenizer
+from hf_sharp.unlearning._encoding import Encoder, encode_rows
 
 
 def test_made_up_facts_are_the_same_every_time_and_nobody_elses():

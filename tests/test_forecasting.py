@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_sharp.tasks.forecasting import Forecaster, RevIN, Windows, made_up_series, read_series, split_windows
+from hf_sharp.recipes.tasks.forecasting import Forecaster, RevIN, Windows, made_up_series, read_series, split_windows
 
 
 def test_windows_follow_each_other():

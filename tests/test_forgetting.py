@@ -8,8 +8,9 @@ import torch
 from transformers import Trainer
 
 from doors import arguments, train
-from hf_sharp import SharpTrainer, report, sam
-from hf_sharp.report.memory import LiveTensors, PeakMemory
+from hf_sharp import SharpTrainer, sam
+from hf_sharp.recipes import report
+from hf_sharp.recipes.report.memory import LiveTensors, PeakMemory
 from models import mlp_rows, text_rows, tiny_bert, tiny_mlp
 
 PLACES = ["new", "old"]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_sharp.tasks import image_data
-from hf_sharp.tasks.augmentation import Augmentation
-from hf_sharp.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupted_accuracy, corrupted_rows
-from hf_sharp.tasks.extras import optional
-from hf_sharp.tasks.image_data import ImageSplit, load_digits, load_image_folder, load_image_hub
-from hf_sharp.tasks.image_models import pick_model, small_vit
-from hf_sharp.tasks.images import Batches, Images, decode
-from hf_sharp.tasks.linear import linear_scores
+from hf_sharp._extras import optional
+from hf_sharp.recipes.tasks import image_data
+from hf_sharp.recipes.tasks.augmentation import Augmentation
+from hf_sharp.recipes.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupted_accuracy, corrupted_rows
+from hf_sharp.recipes.tasks.image_data import ImageSplit, load_digits, load_image_folder, load_image_hub
+from hf_sharp.recipes.tasks.image_models import pick_model, small_vit
+from hf_sharp.recipes.tasks.images import Batches, Images, decode
+from hf_sharp.recipes.tasks.linear import linear_scores
 
 
 def pictures(count=4, channels=3, side=16, seed=0):

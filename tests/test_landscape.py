@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_sharp import Opening, ParamVector, accelerate_host, rows
-from hf_sharp.landscape import Landscape
+from hf_sharp import FirstPass, ParamVector
+from hf_sharp._engine import rows
+from hf_sharp._engine.landscape import Landscape
+from hf_sharp._integrations import accelerate_host
 from models import batch_of, mlp_rows, tiny_mlp, windows_of
 from references import functional, window_gradient
 from toy import ToyHost, flat, opened
@@ -230,8 +232,8 @@ def test_at_puts_the_weights_where_they_are_told_exactly():
 
 @pytest.mark.parametrize("moment", ["clone", "move", "restore"])
 def test_an_interrupt_while_shifting_or_restoring_restores(moment, monkeypatch):
-    from hf_sharp import landscape as engine
-    from hf_sharp import shift
+    from hf_sharp._engine import landscape as engine
+    from hf_sharp._engine import shift
 
     model = tiny_mlp()
     before = flat(ParamVector(model.parameters()), model).detach().clone()
@@ -300,7 +302,7 @@ def test_an_opening_shift_is_where_the_first_evaluation_is_made_and_never_stays_
     host.micro_batches = 3
     landscape = Landscape(host, WINDOW)
     epsilon = direction(model)
-    landscape.opening = Opening(shift=epsilon)
+    landscape.plan = FirstPass(shift=epsilon)
     for batch in WINDOW:
         landscape.first_pass(batch)
         assert torch.equal(flat(landscape.weights, model), w0)
@@ -312,7 +314,7 @@ def test_an_opening_shift_is_where_the_first_evaluation_is_made_and_never_stays_
 def test_asking_for_more_than_was_opened_is_an_error():
     host = ToyHost(tiny_mlp())
     landscape = Landscape(host, WINDOW[:1])
-    landscape.opening = Opening(only=["norm.weight"])
+    landscape.plan = FirstPass(only=["norm.weight"])
     landscape.first_pass(WINDOW[0])
     with pytest.raises(RuntimeError, match="opened"):
         landscape.evaluate()
@@ -341,9 +343,9 @@ def test_a_gradient_that_a_subset_loses_is_noticed_in_the_full_pass():
 
     host = ToyHost(Inner())
     landscape = Landscape(host, [{"x": torch.randn(6, 4), "labels": torch.arange(6) % 3}])
-    landscape.opening = Opening(only=["block.1.weight", "norm.weight"])
+    landscape.plan = FirstPass(only=["block.1.weight", "norm.weight"])
     landscape.first_pass(landscape.batches[0])
-    landscape.evaluate(only=landscape.opening.only)
+    landscape.evaluate(only=landscape.plan.only)
     landscape.evaluate()
     assert any("block.1.weight" in str(call) for call in host.calls)
 
@@ -396,7 +398,7 @@ def test_row_gradients_are_single_rows_in_evaluation_mode():
 def test_taking_a_gradient_twice_is_an_error():
     landscape, _ = opened(tiny_mlp(), WINDOW)
     here = landscape.evaluate()
-    here.take()
+    here.donate()
     with pytest.raises(RuntimeError, match="taken"):
         _ = here.grad
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from hf_sharp import report
-from hf_sharp.report import KEY, REQUIRED
-from hf_sharp.tasks import chats, domains
+from hf_sharp.recipes import report
+from hf_sharp.recipes.report import KEY, REQUIRED
+from hf_sharp.recipes.tasks import chats, domains
 from models import seeded
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "llm_lora_sam.py"

@@ -24,7 +24,7 @@ from hf_sharp import (
     vasso,
     wsam,
 )
-from hf_sharp.report import LiveTensors
+from hf_sharp.recipes.report import LiveTensors
 from models import text_rows, tiny_bert
 
 
@@ -91,7 +91,7 @@ def test_the_peak_beyond_plain_training(method, bar, tmp_path):
 
 
 def test_metrics_are_computed_on_logging_steps_only(tmp_path, monkeypatch):
-    from hf_sharp import landscape
+    from hf_sharp._engine import landscape
 
     calls = []
     real = landscape.realised

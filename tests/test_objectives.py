@@ -7,8 +7,8 @@ import torch
 
 import unlearning
 from hf_sharp import DPO, IDK, NPO, RMU, GradientAscent, GradientDifference, SimNPO
-from hf_sharp.objectives import Models
-from hf_sharp.objectives.names import OBJECTIVES, options_of, read_objective
+from hf_sharp.unlearning._objectives import Models
+from hf_sharp.unlearning._objectives.names import OBJECTIVES, options_of, read_objective
 
 VOCABULARY = 7
 

@@ -21,9 +21,9 @@ from transformers import (
 
 from doors import build, train, weights
 from hf_sharp import Constant, Landscape, SharpConfig, SharpTrainer, make_sharp, mesa, msam, plain, saf, sam, tram
-from hf_sharp.labels import shifts_labels
-from hf_sharp.noise import noisy_inputs
-from hf_sharp.objectives.divergences import kl_sum, positions
+from hf_sharp._integrations.labels import shifts_labels
+from hf_sharp._perturbation.noise import noisy_inputs
+from hf_sharp._tensors.divergences import kl_sum, positions
 from models import batch_of, causal_rows, mlp_rows, seeded, text_rows, tiny_bert, tiny_llama, tiny_mlp
 
 SIZES = {"vocab_size": 32, "d_model": 16}

@@ -24,8 +24,8 @@ from hf_sharp import (
     RandomMask,
     ZeroDuringWarmup,
 )
-from hf_sharp.entry_masks import largest
-from hf_sharp.landscape import Landscape
+from hf_sharp._engine.landscape import Landscape
+from hf_sharp._perturbation.entry_masks import largest
 from models import mlp_rows, tiny_mlp, windows_of
 from references import functional, window_gradient
 from toy import ToyHost, flat, opened
@@ -65,7 +65,7 @@ def test_a_perturbation_does_not_change_a_gradient_it_was_not_given():
     for ball in (L2Ball(), AdaptiveBall(), FisherBall()):
         Perturbation(0.1, ball)(here.grad, landscape)
     assert torch.equal(flat(here.grad, landscape.host.model), before)
-    grad = here.take()
+    grad = here.donate()
     assert Perturbation(0.1)(grad, landscape).tensors[0] is grad.tensors[0]  # no copy
 
 
@@ -97,7 +97,7 @@ def test_asam_is_invariant_to_rescaling_and_sam_is_not():
 
 
 def test_the_asam_name_rule():
-    from hf_sharp.balls import WEIGHT
+    from hf_sharp._perturbation.balls import WEIGHT
 
     adapted = (
         "weight",
@@ -112,7 +112,7 @@ def test_the_asam_name_rule():
 
 def test_an_infinite_norm_makes_all_of_the_perturbation_nan():
     landscape, _ = opened(tiny_mlp(), WINDOW)
-    grad = landscape.evaluate().take()
+    grad = landscape.evaluate().donate()
     grad.tensors[3].view(-1)[0] = torch.inf
     epsilon = Perturbation(0.1)(grad, landscape)
     assert all(t.isnan().all() for t in epsilon.tensors)
@@ -297,11 +297,11 @@ def test_the_slope_is_that_of_the_perturbation(mask, ball):
 
 def test_what_moves_is_told_by_share():
     landscape = Landscape(ToyHost(tiny_mlp()))
-    shares = Perturbation(0.1, mask=FisherMask(keep=0.2)).moved(landscape)
+    shares = Perturbation(0.1, mask=FisherMask(keep=0.2)).perturbed(landscape)
     assert shares["hidden.weight"] == 0.2 and shares["hidden.bias"] == shares["embed.weight"] == 1.0
-    assert "hidden.bias" not in Perturbation(0.1, mask=FisherMask(outside="never")).moved(landscape)
-    assert Perturbation(0.1, mask=NormLayers()).moved(landscape) == {"norm.weight": 1.0, "norm.bias": 1.0}
-    assert set(Perturbation(0.1, mask=RandomMask(keep=0.3)).moved(landscape).values()) == {0.3}
+    assert "hidden.bias" not in Perturbation(0.1, mask=FisherMask(outside="never")).perturbed(landscape)
+    assert Perturbation(0.1, mask=NormLayers()).perturbed(landscape) == {"norm.weight": 1.0, "norm.bias": 1.0}
+    assert set(Perturbation(0.1, mask=RandomMask(keep=0.3)).perturbed(landscape).values()) == {0.3}
 
 
 # ---- schedules

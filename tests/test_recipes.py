@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertModel
 
-from hf_sharp.report import KEY, REQUIRED
-from hf_sharp.tasks import word_tokenizer
+from hf_sharp.recipes.report import KEY, REQUIRED
+from hf_sharp.recipes.tasks import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 GLUE_FSAM = ROOT / "recipes" / "glue_fsam.py"

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from doors import train, weights
 from hf_sharp import SharpTrainer, fsam, make_sharp, sam
-from hf_sharp.records import LARGEST, Records
+from hf_sharp._integrations.records import LARGEST, Records
 from models import mlp_rows, tiny_mlp
 
 

@@ -7,8 +7,8 @@ import struct
 import pytest
 from scipy import stats
 
-from hf_sharp import report
-from hf_sharp.report import results
+from hf_sharp.recipes import report
+from hf_sharp.recipes.report import results
 
 
 def row(method="plain", seed=0, value=0.5, **more):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from hf_sharp.report import KEY, REQUIRED
-from hf_sharp.tasks import domains, pairs
+from hf_sharp.recipes.report import KEY, REQUIRED
+from hf_sharp.recipes.tasks import domains, pairs
 from models import seeded
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "seq2seq_sam.py"

@@ -7,10 +7,10 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from hf_sharp.tasks import GLUE, PACKAGES, docstrings, load_docstrings, load_glue, redraw_labels, small_bert
-from hf_sharp.tasks import word_tokenizer as make_tokenizer
-from hf_sharp.tasks.extras import optional
-from hf_sharp.tasks.metrics import METRICS, load_metric, majority_value
+from hf_sharp._extras import optional
+from hf_sharp.recipes.tasks import GLUE, PACKAGES, docstrings, load_docstrings, load_glue, redraw_labels, small_bert
+from hf_sharp.recipes.tasks import word_tokenizer as make_tokenizer
+from hf_sharp.recipes.tasks.metrics import METRICS, load_metric, majority_value
 
 # Two lines a task, as the official files have them: heading (None: there is none), then a row of each kind.
 FILES = {

@@ -9,9 +9,9 @@ from scipy import stats
 from torch import nn
 
 from decoding import greedy_by_loop, longest_common
-from hf_sharp import evaluation
-from hf_sharp.tasks.domains import byte_tokenizer
+from hf_sharp.recipes.tasks.domains import byte_tokenizer
 from hf_sharp.unlearning import Encoder
+from hf_sharp.unlearning import _evaluation as evaluation
 from models import seeded, tiny_llama
 
 

@@ -14,8 +14,8 @@ from doors import Recorder, Tripwire, build, train, weights
 from hf_sharp import (
     SAM,
     ByName,
+    FirstPass,
     Method,
-    Opening,
     Perturbation,
     SharpSeq2SeqTrainer,
     SharpTrainer,
@@ -509,7 +509,7 @@ def test_a_model_without_trainable_parameters_is_refused(tmp_path):
     ],
 )
 def test_hosts_that_cannot_repeat_a_pass_are_refused_by_name(what, value, words, tmp_path):
-    from hf_sharp.refusals import refuse
+    from hf_sharp._integrations.refusals import refuse
 
     trainer = build(Trainer, tiny_mlp(), mlp_rows(4), tmp_path)
     setattr(trainer, what, value)
@@ -565,9 +565,9 @@ class CheapAscent(Method):
     def cost(self):
         return 1 + self.fraction
 
-    def start(self, landscape):
+    def plan_first_pass(self, landscape):
         part = landscape.evaluate(fraction=self.fraction)
-        return Opening(shift=self.perturbation(part.take(), landscape))
+        return FirstPass(shift=self.perturbation(part.donate(), landscape))
 
     def gradient(self, landscape):
         return landscape.evaluate()

@@ -38,7 +38,7 @@ def step(method, model, window, measuring=False):
     host = ToyHost(model)
     host.micro_batches = len(window)
     landscape = Landscape(host, window, measuring)
-    landscape.opening = method.start(landscape)
+    landscape.plan = method.plan_first_pass(landscape)
     for batch in window:
         landscape.first_pass(batch)
     shifts = []
@@ -178,8 +178,8 @@ def test_the_first_weights_of_an_adapter_are_the_model_without_it(tmp_path):
     landscape = Landscape(trainer._sharp_host, [batch])
     with trainer._sharp_host.watched():
         model(**batch)
-    torch.testing.assert_close(landscape.look(batch, landscape.vector(kept)).logits, expected)
-    assert not torch.equal(landscape.look(batch).logits, expected)
+    torch.testing.assert_close(landscape.outputs_at(batch, landscape.vector(kept)).logits, expected)
+    assert not torch.equal(landscape.outputs_at(batch).logits, expected)
 
 
 def test_state_is_one_copy_of_the_trainables(tmp_path):

@@ -15,9 +15,10 @@ from transformers import TrainingArguments
 
 import hf_sharp
 from doors import weights
-from hf_sharp import fsam, make_sharp, mesa, rows, sam, sam_on, tram
-from hf_sharp.any_trainer import TRL
-from hf_sharp.refusals import GENERATING, STACKED
+from hf_sharp import fsam, make_sharp, mesa, sam, sam_on, tram
+from hf_sharp._engine import rows
+from hf_sharp._integrations.any_trainer import TRL
+from hf_sharp._integrations.refusals import GENERATING, STACKED
 from trl_toy import CASES, build, llama, run, sgd, texts, tokenizer
 
 trl = pytest.importorskip("trl")
@@ -233,7 +234,7 @@ def test_an_ascent_for_a_subset_goes_through_the_fused_head(tmp_path):
     model = llama(dropout=0.0, float64=True)
     names = [name for name, _ in model.named_parameters() if "norm" in name]
     trainer = run("SFT", tmp_path, sharp=True, model=model, method=sam_on(0.3), **sgd())
-    moved = trainer.method.moved(hf_sharp.Landscape(trainer._sharp_host))
+    moved = trainer.method.perturbed(hf_sharp.Landscape(trainer._sharp_host))
     assert sorted(moved) == sorted(names) and all(line["sharp_gap"] > 0 for line in trainer.state.log_history[:3])
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_sharp.report import KEY, REQUIRED
-from hf_sharp.tasks.fictions import made_up_facts
+from hf_sharp.recipes.report import KEY, REQUIRED
+from hf_sharp.recipes.tasks.fictions import made_up_facts
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "llm_unlearn_smooth.py"
 TOY = ["--max_steps", "2", "--teach_epochs", "1", "--relearn_steps", "2", "--relearn_samples", "4", "--use_cpu"]

@@ -26,8 +26,8 @@ from hf_sharp import (
     tram,
     vasso,
 )
-from hf_sharp.unlearn_trainer import sum_of
 from hf_sharp.unlearning import ForgetRetainCollator, ForgetRetainDataset
+from hf_sharp.unlearning._trainer import sum_of
 from models import tiny_llama
 from references import flat, layout_of, sgd
 from unlearn_runs import build, collate, lora, pairs, text, tiny_gpt2, unlearn

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_sharp import Plain, SharpTrainer, Sum
-from hf_sharp.tasks.domains import byte_tokenizer
+from hf_sharp.recipes.tasks.domains import byte_tokenizer
 from hf_sharp.unlearning import (
     Encoder,
     EpochCallback,

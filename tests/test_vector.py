@@ -70,7 +70,7 @@ def test_scaling_16_bit_tensors_by_a_float32_number_rounds_once():
 
 def test_a_vector_given_up_is_worked_on_in_place_and_any_other_is_copied():
     kept, spent = ParamVector([torch.ones(2)]), ParamVector([torch.ones(2)])
-    spent.given_up = True
+    spent.donated = True
     assert kept.own().tensors[0] is not kept.tensors[0]
     assert spent.own().tensors[0] is spent.tensors[0]
     assert spent.own().tensors[0] is not spent.tensors[0]  # once

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_sharp.report import KEY, REQUIRED
-from hf_sharp.tasks.image_models import small_vit
+from hf_sharp.recipes.report import KEY, REQUIRED
+from hf_sharp.recipes.tasks.image_models import small_vit
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "vit_sam.py"
 TOY = ["--max_steps", "2", "--max_train_samples", "16", "--max_eval_samples", "20", "--corrupted_samples", "2"]

@@ -8,12 +8,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-import hf_sharp.noise
+import hf_sharp._perturbation.noise
 import peft_models
 from cases import METHODS
-from hf_sharp.facts import Facts
-from hf_sharp.replay import RandomState
-from hf_sharp.stepper import Stepper
+from hf_sharp._engine.facts import Facts
+from hf_sharp._engine.replay import RandomState
+from hf_sharp._integrations.stepper import Stepper
 from models import mlp_rows, tiny_mlp, windows_of
 from toy import ToyHost
 
@@ -24,11 +24,15 @@ DECIDES = ("adaptive",)  # by the gradient's norm: its docstring says that it wa
 def on_meta(monkeypatch):
     """What needs a generator on the device, or a stream of its own, is drawn on the host."""
     record = RandomState.record
-    monkeypatch.setattr("hf_sharp.passes.RandomState.record", staticmethod(lambda devices: record(set())))
-    monkeypatch.setattr("hf_sharp.passes.streams_kept", lambda devices: hf_sharp.replay.streams_kept(set()))
+    monkeypatch.setattr("hf_sharp._engine.passes.RandomState.record", staticmethod(lambda devices: record(set())))
+    monkeypatch.setattr(
+        "hf_sharp._engine.passes.streams_kept", lambda devices: hf_sharp._engine.replay.streams_kept(set())
+    )
     monkeypatch.setattr(Facts, "random", lambda self, tag, device="cpu": torch.Generator())
     monkeypatch.setattr(
-        hf_sharp.noise, "_noise", lambda shape, generator, sigma, dtype: torch.empty(shape, dtype=dtype, device="meta")
+        hf_sharp._perturbation.noise,
+        "_noise",
+        lambda shape, generator, sigma, dtype: torch.empty(shape, dtype=dtype, device="meta"),
     )
 
 

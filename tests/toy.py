@@ -5,8 +5,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.func import functional_call
 
-from hf_sharp.host import Host
-from hf_sharp.landscape import Landscape
+from hf_sharp._engine.host import Host
+from hf_sharp._engine.landscape import Landscape
 
 
 class ToyHost(Host):

@@ -99,7 +99,7 @@ def main(folder: str) -> None:
         "per_sample": fsam(fisher="per_sample", samples=2),
     }.items():
         sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-        if any("index" in part.needs for _, part in method.walk()):
+        if any("index" in part.needs for _, part in method.named_parts()):
             try:
                 train(SharpTrainer, tiny_mlp(), mlp_rows(40), folder, method=method, **sizes)
             except ValueError as error:

@@ -1,0 +1,1 @@
+"""One optimizer step's window: the loss and its gradient, here or at shifted weights. It knows no method."""

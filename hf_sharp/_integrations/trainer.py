@@ -1,0 +1,337 @@
+"""`SharpTrainer`: the transformers `Trainer` whose gradient comes from a sharpness-aware method."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+
+from hf_sharp._engine.landscape import Landscape
+from hf_sharp._engine.rows import SAMPLE_INDEX
+from hf_sharp._integrations.attachment import Attachment
+from hf_sharp._integrations.refusals import refuse
+from hf_sharp._integrations.search import searched, settings_apart
+from hf_sharp._integrations.stepper import Stepper
+from hf_sharp._integrations.trainer_host import TrainerHost
+from hf_sharp._methods.base import added_by
+from hf_sharp._presets.config import MethodLike, read_method, read_record
+from hf_sharp._tensors.shards import gathered
+
+logger = logging.getLogger(__name__)
+CONFIG_NAME, STATE_NAME = "sharp_config.json", "sharp_state.safetensors"
+
+
+class SharpMixin:
+    """Puts a sharpness-aware method into a Trainer; the class it is mixed into comes after it.
+
+    It overrides `get_batch_samples` (to see the accumulation window), `training_step` (to run the method at the
+    window's last micro-batch, through the Trainer's own `training_step`), `create_optimizer` (for methods that have
+    parameters of their own or act right before an update), and, for what is written and read around them,
+    `_inner_training_loop`, `_hp_search_setup`, `floating_point_ops`, `log`, `_save`, `_save_optimizer_and_scheduler`,
+    `_load_optimizer_and_scheduler` and `create_model_card`. Clipping, scaler, optimizer, scheduler, logging and
+    saving stay the Trainer's.
+
+    Its arguments are those of `SharpTrainer`.
+    """
+
+    def __init__(self, *args: Any, method: MethodLike = None, rounding: str = "stochastic", **kwargs: Any) -> None:
+        self._sharp_rounding = rounding
+        self._sharp_given = self.method, self.sharp_config = read_method(method)
+        self._sharp_stepper: Stepper | None = None
+        self._sharp_announced = self._sharp_warned = False
+        super().__init__(*args, **kwargs)
+        self._sharp_host = TrainerHost(self, super().training_step)  # pyright: ignore
+        self._sharp_attachment = Attachment()
+        self._sharp_host.added = self._sharp_attachment.parameters
+        if self.method is not None:
+            refuse(self, self.method)  # pyright: ignore
+            self._sharp_stepper = Stepper(self.method, self._sharp_host, rounding)
+            if self.model is not None:  # pyright: ignore
+                self._check_method()
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The Trainer's, remembering the window."""
+        self._undescribe_arguments()
+        batches, items = super().get_batch_samples(*args, **kwargs)  # pyright: ignore
+        if self._sharp_stepper is not None:
+            self._sharp_stepper.expect(batches)
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's for each micro-batch, and the rest of the method at the window's last one.
+
+        Args:
+            model: the model, wrapped for training.
+            inputs: the micro-batch, the next of the remembered window; without one, a window of its own.
+            num_items_in_batch: the window's number of items.
+
+        Returns:
+            The micro-batch's loss, as the Trainer logs it.
+        """
+        stepper = self._sharp_stepper
+        if stepper is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore
+        self._sharp_host.wrapped, self._sharp_host.items = model, num_items_in_batch
+        measuring = self._measures_next_step()
+        if not stepper.expects_more:
+            return stepper.alone(inputs, measuring)
+        return stepper.micro_batch(inputs, self.accelerator.sync_gradients, measuring)  # pyright: ignore
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The Trainer's, without the rows' numbers, which are for the method and not for the model."""
+        if self._knows_samples() and isinstance(inputs, Mapping) and SAMPLE_INDEX in inputs:
+            inputs = {key: value for key, value in inputs.items() if key != SAMPLE_INDEX}
+        return super()._prepare_inputs(inputs)  # pyright: ignore
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The Trainer's, keeping the column with the rows' numbers."""
+        super()._set_signature_columns_if_needed()  # pyright: ignore
+        columns = self._signature_columns  # pyright: ignore
+        if self._knows_samples() and SAMPLE_INDEX not in columns:
+            columns.append(SAMPLE_INDEX)
+
+    def _knows_samples(self) -> bool:
+        return self.method is not None and any("index" in part.needs for _, part in self.method.named_parts())
+
+    def _measures_next_step(self) -> bool:
+        """Whether the step being made is logged, or one of the method's period before that.
+
+        So a method of every tenth step is measured at the sharp one among the last ten, whichever that is.
+
+        Returns:
+            True if its metrics are wanted.
+        """
+        assert self.method is not None
+        args, state = self.args, self.state  # pyright: ignore
+        step = state.global_step + 1
+        if step == 1 and args.logging_first_step:
+            return True
+        loader, every, rest = self.callback_handler.train_dataloader, 0, state.max_steps  # pyright: ignore
+        if args.logging_strategy == "steps":
+            every = state.logging_steps
+        elif args.logging_strategy == "epoch" and hasattr(loader, "__len__"):
+            every, rest = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1), state.max_steps - step
+        return bool(every) and min(-step % every, rest) < self.method.period
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """The operations of all passes made since the last call, so that FLOs count what was computed."""
+        made, self._sharp_host.flops = self._sharp_host.flops, 0.0
+        return made or super().floating_point_ops(inputs)  # pyright: ignore
+
+    # --- the start of training ---------------------------------------------------------------------------------------
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """The Trainer's; what a search names `sharp_...` are the method's settings, which the arguments lack."""
+        if self.hp_search_backend is None or trial is None:  # pyright: ignore
+            return super()._hp_search_setup(trial)  # pyright: ignore
+        with settings_apart(self, trial) as (rest, own):
+            super()._hp_search_setup(rest)  # pyright: ignore
+        self.method, self.sharp_config = searched(self._sharp_given, own)
+        self._sharp_stepper, self._sharp_announced = None, False
+        if self.method is not None:
+            refuse(self, self.method)  # pyright: ignore
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.method is None:
+            return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
+        self.method.reset()
+        self._sharp_stepper = Stepper(self.method, self._sharp_host, self._sharp_rounding)
+        self._sharp_host.flops, self._sharp_warned = 0.0, False
+        self._check_method()
+        if not self._sharp_announced and self.is_world_process_zero():  # pyright: ignore
+            self._sharp_announced = True
+            print(self.describe_method())
+        self._describe_arguments()
+        try:
+            return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
+        finally:
+            self._undescribe_arguments()
+            self._sharp_attachment.detach()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, joined to the method."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore
+        stepper = self._sharp_stepper
+        if stepper is not None:
+            values = added_by(stepper.method, Landscape(self._sharp_host))
+            around = (stepper.before_update, stepper.after_update)
+            self._sharp_attachment.attach(self.optimizer, values, *around)  # pyright: ignore
+        return optimizer
+
+    def _check_method(self) -> None:
+        assert self.method is not None
+        landscape = Landscape(self._sharp_host)
+        if not landscape.names:
+            raise ValueError(
+                "The model has no trainable parameter, so there is nothing to perturb: unfreeze some with "
+                "requires_grad_(True), or add adapters."
+            )
+        for _, part in self.method.named_parts():
+            part.check(landscape)
+
+    def describe_method(self) -> str:
+        """What the method moves in this model, in one line; printed when training starts.
+
+        Returns:
+            The method, its cost, and the number and share of tensors and entries that it moves.
+        """
+        if self.method is None:
+            return "hf_sharp: plain training (no method)."
+        landscape = Landscape(self._sharp_host)
+        told = [text for _, part in self.method.named_parts() if (text := part.start_note(landscape)) is not None]
+        if told:
+            return f"hf_sharp: {self.method!r} {told[0]}, at {self.method.cost:g} passes a step."
+        sizes = {name: p.numel() for name, p in self._sharp_host.parameters.items()}
+        moved = self.method.perturbed(landscape)
+        entries, everything = round(sum(sizes[name] * share for name, share in moved.items())), sum(sizes.values())
+        return (
+            f"hf_sharp: {self.method!r} perturbs {len(moved)} of {len(sizes)} trainable tensors "
+            f"({entries:,} of {everything:,} entries, {100 * entries / everything:.1f} %) "
+            f"at {self.method.cost:g} passes a step."
+        )
+
+    def _describe_arguments(self) -> None:
+        """Trackers log `args.to_dict()` when training begins: until the first window it says the method too."""
+        arguments, method = self.args, repr(self.method)  # pyright: ignore
+        original = arguments.to_dict
+        settings = {} if self.sharp_config is None else self.sharp_config.to_dict()
+        extra = {f"sharp_{key}": value for key, value in settings.items()} | {"sharp_method": method}
+        arguments.to_dict = lambda: {**original(), **extra}
+
+    def _undescribe_arguments(self) -> None:
+        vars(self.args).pop("to_dict", None)  # pyright: ignore
+
+    # --- logs --------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with the metrics of the step beside its loss."""
+        stepper = self._sharp_stepper
+        if stepper is not None and stepper.metrics and "loss" in logs:
+            logs.update(self._read_metrics(stepper.taken()))
+        super().log(logs, *args, **kwargs)  # pyright: ignore
+
+    def _read_metrics(self, metrics: dict[str, Any]) -> dict[str, float]:
+        tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+        if tensors:  # one wait for the device, on logging steps only
+            stacked = torch.stack([t.to(self.args.device).float().reshape(()) for t in tensors.values()])  # pyright: ignore
+            if self.accelerator.num_processes > 1:  # pyright: ignore
+                stacked = self.accelerator.reduce(stacked, reduction="mean")  # pyright: ignore
+            metrics = {**metrics, **dict(zip(tensors, stacked.tolist(), strict=True))}
+        component, noise = metrics.get("sharp_component", 1.0), metrics.get("sharp_noise", 0.0)
+        negligible = metrics.get("sharp_radius", 1.0) < 1e-4  # TRAM's radius starts at zero and may stay there
+        if not self._sharp_warned and not negligible and (abs(component - 1) > 0.25 or noise > 2):
+            self._sharp_warned = True
+            dtype = next(iter(self._sharp_host.parameters.values())).dtype
+            warnings.warn(
+                f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of "
+                f"{noise:.2f} times its length: so small a step rounds away in weights of {dtype}. Use float32 "
+                "weights with bf16=True, adapters, or a larger rho.",
+                stacklevel=2,
+            )
+        return metrics
+
+    # --- what is written and read ------------------------------------------------------------------------------------
+
+    def _record(self) -> dict[str, Any]:
+        settings = None if self.sharp_config is None else self.sharp_config.to_dict()
+        return {"repr": repr(self.method), "settings": settings, "rounding": self._sharp_rounding}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # pyright: ignore
+        if self.args.should_save:  # pyright: ignore
+            path = Path(output_dir if output_dir is not None else self.args.output_dir) / CONFIG_NAME  # pyright: ignore
+            if self.method is None:
+                path.unlink(missing_ok=True)  # of an earlier training into the same folder
+            else:
+                path.write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore
+        state = {} if self.method is None else gathered(self.method.state_dict()) | self._sharp_attachment.state_dict()
+        if self._remembers() and self.args.should_save:  # pyright: ignore
+            tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+            numbers = {key: json.dumps(value) for key, value in state.items() if not isinstance(value, Tensor)}
+            save_file(tensors, os.path.join(output_dir, STATE_NAME), metadata={"format": "pt", **numbers})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
+        config, path = Path(checkpoint) / CONFIG_NAME, Path(checkpoint) / STATE_NAME
+        device: torch.device = self.args.device  # pyright: ignore
+        place = "cpu" if device.type == "cpu" or self._sharp_host.sharded else str(device)
+        state = _read_state(path, place) if path.is_file() else {}
+        self._sharp_attachment.check(state)
+        super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
+        here = {"repr": repr(self.method), "rounding": self._sharp_rounding}
+        saved = {**here, "repr": "None", **(read_record(config) if config.is_file() else {})}
+        for key, what in (("repr", ""), ("rounding", "rounding=")):
+            if saved[key] != here[key]:
+                said = f"The checkpoint was trained with {what}{saved[key]}, and goes on with {what}{here[key]}."
+                warnings.warn(said, stacklevel=2)
+        if self.method is not None and path.is_file():
+            self.method.load_state_dict(self._sharp_attachment.load_state_dict(state))
+            if self._sharp_host.sharded:
+                self.method.spread_state(Landscape(self._sharp_host))
+        elif self._remembers():
+            warnings.warn(f"{path} is missing: the method's state (its mask, for one) starts afresh.", stacklevel=2)
+
+    def _remembers(self) -> bool:
+        own = bool(self._sharp_attachment.parameters)
+        return self.method is not None and (own or any(part.remembers for _, part in self.method.named_parts()))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with a section and a tag that say how the gradient was got."""
+        super().create_model_card(*args, **kwargs)  # pyright: ignore
+        path = Path(self.args.output_dir) / "README.md"  # pyright: ignore
+        if self.method is None or not self.is_world_process_zero() or not path.is_file():  # pyright: ignore
+            return
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        tags = card.data.to_dict().get("tags") or []
+        card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "sharpness-aware"})
+        card.text += f"\n\n### Sharpness-aware training\n\n`{self.method!r}`, {self.method.cost:g} passes a step.\n"
+        card.save(path)
+
+
+def _read_state(path: Path, device: str) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            numbers = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if ":" in key}
+            # Copied, since what `get_tensor` gives on the CPU is a window on the file: it would change with the file.
+            return {**numbers, **{key: file.get_tensor(key).clone() for key in file.keys()}}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Resume from another checkpoint.") from error
+
+
+class SharpTrainer(SharpMixin, Trainer):
+    """`transformers.Trainer` with one more argument, `method`, and a rarer one, `rounding`.
+
+    Args:
+        *args: the Trainer's.
+        method: a `Method`, a `SharpConfig`, a dict of its settings, a preset's name, or None for the Trainer as it is.
+        rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" (right on average, with noise)
+            or "nearest" (most of a small shift is lost).
+        **kwargs: the Trainer's.
+
+    Example:
+        >>> from hf_sharp import sam
+        >>> trainer = SharpTrainer(model, args, method=sam(rho=0.05), train_dataset=train)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+
+class SharpSeq2SeqTrainer(SharpMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with one more argument, `method`; see `SharpMixin`."""

@@ -1,0 +1,77 @@
+"""MESA (Du et al., NeurIPS 2022): stay near the outputs of the averaged weights, SAM for a forward. Cost: 4/3.
+
+    L + lam T^2 KL(softmax(teacher / T) || softmax(model / T)),  teacher weights <- decay teacher + (1 - decay) w
+
+The mean is over the positions that the loss looks at; the teacher is kept in float32 or better. The logged loss holds
+the added term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sharp._checks import check_at_least_zero, check_positive, check_share
+from hf_sharp._engine.evaluation import Evaluation, FirstPass
+from hf_sharp._engine.landscape import Landscape
+from hf_sharp._methods.base import Method
+from hf_sharp._tensors.divergences import kl_sum, window_positions
+from hf_sharp._tensors.vector import ParamVector
+
+
+@dataclass(frozen=True)
+class MESA(Method):
+    """The gradient of the loss plus a trajectory loss towards a running mean of the weights.
+
+    Args:
+        lam: weight of the trajectory loss; 0 gives plain training. The paper starts it after some epochs: `After`.
+        decay: how much of the old mean a step keeps.
+        temperature: T.
+
+    Example:
+        >>> MESA(lam=0.8).cost
+        1.3333333333333333
+    """
+
+    remembers = True
+    ahead = True
+
+    lam: float = 0.8
+    decay: float = 0.999
+    temperature: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_at_least_zero(self.lam, "lam")
+        check_share(self.decay, "decay", "how much of the old mean is kept", zero=True)
+        check_positive(self.temperature, "temperature")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the door must provide."""
+        return frozenset({"outputs", "window"})
+
+    @property
+    def cost(self) -> float:
+        """One evaluation and the teacher's forward, which counts as a third."""
+        return 1.0 + 1 / 3
+
+    def plan_first_pass(self, landscape: Landscape) -> FirstPass:
+        """The teacher takes in the present weights; its term belongs to the first evaluation."""
+        here = landscape.weights.map(lambda w: w.to(torch.promote_types(w.dtype, torch.float32), copy=True))
+        old = landscape.named(here) | self._state.get("teacher", {})  # a weight that was frozen before joins as it is
+        new = landscape.vector(old).scale(self.decay).add_(here, 1 - self.decay) if "teacher" in self._state else here
+        self._state["teacher"] = landscape.named(new)
+        count = landscape.over_ranks(window_positions(landscape.batches, landscape.shifts_labels))
+        return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape, new, count))
+
+    def gradient(self, landscape: Landscape) -> Evaluation:
+        """The first evaluation, which `start` gave the term."""
+        return landscape.evaluate()
+
+    def _term(self, outputs: Any, batch: Any, landscape: Landscape, teacher: ParamVector, count: Tensor) -> Tensor:
+        reference = landscape.outputs_at(batch, landscape.cast(teacher))
+        summed = kl_sum(reference, outputs, batch, landscape.shifts_labels, temperature=self.temperature)
+        return self.lam * self.temperature**2 * summed / count.to(summed.device).clamp_min(1)

@@ -1,0 +1,1 @@
+"""Where to look: radius, ball, mask and reference of a perturbation, and the parts that methods are made of."""

@@ -1,0 +1,121 @@
+"""Where to look: from an ascent gradient to the perturbation of length rho, in a ball, on a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hf_sharp._checks import check_radius
+from hf_sharp._engine.landscape import Landscape
+from hf_sharp._perturbation.balls import Ball, L2Ball
+from hf_sharp._perturbation.masks import Entries, Mask
+from hf_sharp._perturbation.part import Part
+from hf_sharp._perturbation.schedules import Constant, Schedule
+from hf_sharp._tensors.shards import local
+from hf_sharp._tensors.vector import TINY, ParamVector
+
+
+@dataclass(frozen=True)
+class Perturbation(Part):
+    """The step to the worst point nearby: e = rho M g / sqrt(g' M g), M the ball's metric, on the mask's entries.
+
+    Args:
+        rho: the radius, a number or a schedule (`hf_sharp._perturbation.schedules`).
+        ball: in which metric the radius is measured.
+        mask: which weights may move; None for all.
+
+    Example:
+        >>> Perturbation(rho=0.05)
+        Perturbation(rho=0.05, ball=L2Ball(), mask=None)
+    """
+
+    rho: float | Schedule
+    ball: Ball = field(default_factory=L2Ball)
+    mask: Mask | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rho, Constant):
+            object.__setattr__(self, "rho", self.rho.rho)
+        if not callable(self.rho) or isinstance(self.rho, type):
+            object.__setattr__(self, "rho", check_radius(self.rho))  # type: ignore[arg-type]
+        if not isinstance(self.ball, Ball):
+            raise ValueError(f"ball is a Ball, such as AdaptiveBall(eta=0.01); got {self.ball!r}.")
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise ValueError(f"mask is a Mask, such as NormLayers(), or None; got {self.mask!r}.")
+
+    def radius(self, landscape: Landscape) -> float:
+        """The radius at this step.
+
+        Args:
+            landscape: where this is.
+
+        Returns:
+            rho, or what its schedule says, which must be a radius too.
+        """
+        return check_radius(self.rho(landscape), "what the schedule gives") if callable(self.rho) else self.rho
+
+    def names(self, landscape: Landscape) -> list[str] | None:
+        """The parameters that the ascent needs a gradient for.
+
+        Args:
+            landscape: where this is.
+
+        Returns:
+            Their names, None for all.
+        """
+        return None if self.mask is None else self.mask.names(landscape)
+
+    def perturbed(self, landscape: Landscape) -> dict[str, float]:
+        """The parameters that may move.
+
+        Args:
+            landscape: where this is.
+
+        Returns:
+            The (mean) share of entries that move, by parameter name.
+        """
+        return dict.fromkeys(landscape.names, 1.0) if self.mask is None else self.mask.perturbed(landscape)
+
+    def __call__(self, grad: ParamVector, landscape: Landscape, radius: Tensor | None = None) -> ParamVector:
+        """The perturbation of a gradient.
+
+        Args:
+            grad: the ascent gradient; changed in place if its owner gave it up, else copied. A norm that is not finite
+                makes all of the perturbation NaN, so that the host's scaler sees it.
+            landscape: where this is.
+            radius: the radius, a 0-dim tensor that the method has computed; None takes `rho`.
+
+        Returns:
+            Epsilon: None where nothing moves.
+        """
+        rho, wanted = self.radius(landscape) if radius is None else radius, self.names(landscape)
+        fresh, epsilon = grad.fresh, grad.own()
+        if wanted is not None:
+            keep = set(wanted)
+            epsilon = ParamVector(
+                t if n in keep else None for n, t in zip(landscape.names, epsilon.tensors, strict=True)
+            )
+        entries = None if self.mask is None else self.mask.entries(epsilon, landscape)
+        full = None
+        if entries is not None:
+            full = None if self.mask is None or self.mask.renormalise else self.ball.length(epsilon, landscape)
+            epsilon = _drop_(epsilon, entries, landscape)
+        kept = self.ball.stretch_(epsilon, landscape)
+        length = kept if full is None else full
+        factor = rho / length.clamp_min(TINY) + (length - length)  # the last term is NaN for a length of inf, else 0
+        landscape.slope = factor * kept.square() if fresh else None
+        return epsilon.scale_(factor)
+
+
+def _drop_(vector: ParamVector, entries: Entries, landscape: Landscape) -> ParamVector:
+    kept = []
+    for name, tensor in zip(landscape.names, vector.tensors, strict=True):
+        mask = entries[name]
+        if tensor is None or mask is False:
+            kept.append(None)
+        else:
+            if mask is not True:
+                local(tensor).mul_(local(mask).to(tensor.device))
+            kept.append(tensor)
+    return ParamVector(kept)

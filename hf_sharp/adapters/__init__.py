@@ -1,5 +1,0 @@
-"""Methods made for low-rank adapters (LoRA), of PEFT models."""
-
-from hf_sharp.adapters.bar import BAR as BAR
-from hf_sharp.adapters.bi_lora import BiLoRA as BiLoRA
-from hf_sharp.adapters.flat_lora import FlatLoRA as FlatLoRA

@@ -1,0 +1,4 @@
+"""What the scripts in `recipes/` and `benchmarks/` share: data to train on (`tasks`) and what they report (`report`).
+
+It stands above the library, which imports nothing of it. Its names may change in any release.
+"""

@@ -1,0 +1,29 @@
+"""What recipes report: rows in ``results.json``, tables and sentences over seeds, plots, time and memory of a step."""
+
+from hf_sharp.recipes.report._curves import curves as curves
+from hf_sharp.recipes.report._plot import panel_title as panel_title
+from hf_sharp.recipes.report._plot import plot as plot
+from hf_sharp.recipes.report._table import BASELINE as BASELINE
+from hf_sharp.recipes.report._table import against as against
+from hf_sharp.recipes.report._table import grid as grid
+from hf_sharp.recipes.report._table import interval as interval
+from hf_sharp.recipes.report._table import summarise as summarise
+from hf_sharp.recipes.report._table import table as table
+from hf_sharp.recipes.report._table import verdict as verdict
+from hf_sharp.recipes.report.forgetting import excess as excess
+from hf_sharp.recipes.report.forgetting import exchange as exchange
+from hf_sharp.recipes.report.forgetting import perplexities as perplexities
+from hf_sharp.recipes.report.forgetting import plot_paths as plot_paths
+from hf_sharp.recipes.report.memory import LiveTensors as LiveTensors
+from hf_sharp.recipes.report.memory import PeakMemory as PeakMemory
+from hf_sharp.recipes.report.results import KEY as KEY
+from hf_sharp.recipes.report.results import REQUIRED as REQUIRED
+from hf_sharp.recipes.report.results import Row as Row
+from hf_sharp.recipes.report.results import add_row as add_row
+from hf_sharp.recipes.report.results import clean as clean
+from hf_sharp.recipes.report.results import identity as identity
+from hf_sharp.recipes.report.results import keep_settings as keep_settings
+from hf_sharp.recipes.report.results import merge as merge
+from hf_sharp.recipes.report.results import read_rows as read_rows
+from hf_sharp.recipes.report.results import write_json as write_json
+from hf_sharp.recipes.report.timer import StepTimer as StepTimer
