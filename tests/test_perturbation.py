@@ -37,7 +37,7 @@ def perturbed(perturbation, model=None, **settings):
     """Epsilon, the gradient it came from and the landscape."""
     landscape, _ = opened(model or tiny_mlp(), WINDOW, **settings)
     here = landscape.evaluate()
-    return perturbation(here.grad, landscape), here.grad, landscape
+    return perturbation(here.grad, landscape).epsilon, here.grad, landscape
 
 
 # ---- balls
@@ -50,7 +50,7 @@ def test_the_length_is_rho_in_the_balls_metric():
     epsilon, _, _ = perturbed(Perturbation(0.3, AdaptiveBall(eta=0.02)), model)
     scaled = [
         e / (w.abs() + 0.02 if "weight" in n else 1)
-        for n, e, w in zip(landscape.names, epsilon.tensors, landscape.weights.tensors, strict=True)
+        for n, e, w in zip(landscape.facts.names, epsilon.tensors, landscape.weights.tensors, strict=True)
     ]
     assert ParamVector(scaled).norm() == pytest.approx(0.3, abs=1e-12)
     epsilon, grad, _ = perturbed(Perturbation(0.3, FisherBall(eta=3.0)), model)
@@ -61,12 +61,13 @@ def test_the_length_is_rho_in_the_balls_metric():
 def test_a_perturbation_does_not_change_a_gradient_it_was_not_given():
     landscape, _ = opened(tiny_mlp(), WINDOW)
     here = landscape.evaluate()
-    before = flat(here.grad, landscape.host.model).clone()
+    before = flat(here.grad, landscape.model).clone()
     for ball in (L2Ball(), AdaptiveBall(), FisherBall()):
         Perturbation(0.1, ball)(here.grad, landscape)
-    assert torch.equal(flat(here.grad, landscape.host.model), before)
+    assert torch.equal(flat(here.grad, landscape.model), before)
     grad = here.donate()
-    assert Perturbation(0.1)(grad, landscape).tensors[0] is grad.tensors[0]  # no copy
+    memory = grad.tensors[0]
+    assert Perturbation(0.1)(grad, landscape).epsilon.tensors[0] is memory  # no copy
 
 
 def test_asam_is_invariant_to_rescaling_and_sam_is_not():
@@ -114,7 +115,7 @@ def test_an_infinite_norm_makes_all_of_the_perturbation_nan():
     landscape, _ = opened(tiny_mlp(), WINDOW)
     grad = landscape.evaluate().donate()
     grad.tensors[3].view(-1)[0] = torch.inf
-    epsilon = Perturbation(0.1)(grad, landscape)
+    epsilon = Perturbation(0.1)(grad, landscape).epsilon
     assert all(t.isnan().all() for t in epsilon.tensors)
 
 
@@ -138,7 +139,7 @@ def test_norm_layers_are_found_by_type():
 def test_a_mask_over_parameters_takes_the_norm_over_them():
     for mask in (NormLayers(), ByName(r"^norm\.")):
         epsilon, _, landscape = perturbed(Perturbation(0.2, mask=mask))
-        there = {n for n, t in zip(landscape.names, epsilon.tensors, strict=True) if t is not None}
+        there = {n for n, t in zip(landscape.facts.names, epsilon.tensors, strict=True) if t is not None}
         assert there == {"norm.weight", "norm.bias"} and epsilon.norm() == pytest.approx(0.2, abs=1e-12)
 
 
@@ -160,7 +161,7 @@ def test_keeping_everything_is_sam_bitwise():
     for mask in (FisherMask(keep=1.0), RandomMask(keep=1.0)):
         masked, _, _ = perturbed(Perturbation(0.1, mask=mask))
         whole, _, landscape = perturbed(Perturbation(0.1))
-        assert torch.equal(flat(masked, landscape.host.model), flat(whole, landscape.host.model))
+        assert torch.equal(flat(masked, landscape.model), flat(whole, landscape.model))
 
 
 def test_the_fisher_mask_keeps_its_support_between_refreshes_and_refresh_steps_perturb():
@@ -191,7 +192,7 @@ def test_renormalising_gives_the_full_radius():
 def test_batch_norm_is_outside_the_fisher_mask():
     model = tiny_mlp(norm="batch")
     epsilon, grad, landscape = perturbed(Perturbation(0.1, mask=FisherMask(keep=0.01)), model)
-    at = landscape.names.index("norm.weight")
+    at = landscape.facts.names.index("norm.weight")
     assert (epsilon.tensors[at] != 0).eq(grad.tensors[at] != 0).all()
     epsilon, _, _ = perturbed(Perturbation(0.1, mask=FisherMask(keep=0.01, outside="never")), model)
     assert epsilon.tensors[at] is None
@@ -239,7 +240,7 @@ def test_a_random_mask_is_the_same_for_the_same_seed_and_step_and_spares_the_str
     supports = []
     for _ in range(2):
         epsilon, _, landscape = perturbed(Perturbation(0.1, mask=RandomMask(keep=0.25)))
-        supports.append(flat(epsilon, landscape.host.model) != 0)
+        supports.append(flat(epsilon, landscape.model) != 0)
     assert torch.equal(supports[0], supports[1]) and torch.equal(torch.get_rng_state(), stream)
     assert 0 < supports[0].sum() <= int(0.25 * supports[0].numel())
 
@@ -258,8 +259,8 @@ def test_an_eligible_tensor_without_gradient_at_the_refresh_does_not_move_until_
         window = [{"x": torch.randn(3, 4), "labels": torch.full((3,), which)}]
         landscape, host = opened(model, window)
         host.step = which
-        epsilon = Perturbation(0.1, mask=mask)(landscape.evaluate().grad, landscape)
-        moved = dict(zip(landscape.names, epsilon.tensors, strict=True))
+        epsilon = Perturbation(0.1, mask=mask)(landscape.evaluate().grad, landscape).epsilon
+        moved = dict(zip(landscape.facts.names, epsilon.tensors, strict=True))
         weight = moved[f"{name}.weight"]
         assert (0 if weight is None else int((weight != 0).sum())) == (4 if which == 0 else 0)
         assert moved[f"{name}.bias"].ne(0).all()  # outside: always
@@ -276,8 +277,10 @@ def test_a_row_whose_gradient_is_infinite_spoils_the_step():
 
     host.row_backward = broken
     here = landscape.evaluate()
-    Perturbation(0.1, mask=FisherMask(fisher="per_sample", samples=2))(here.grad, landscape)
-    assert landscape.hand_over(here).norm().isnan() and model.head.bias.grad.isnan().all()
+    epsilon, _ = Perturbation(0.1, mask=FisherMask(fisher="per_sample", samples=2))(here.grad, landscape)
+    with landscape.shifted(epsilon):
+        there = landscape.evaluate()
+    assert landscape.hand_over(there).norm().isnan() and model.head.bias.grad.isnan().all()
 
 
 def test_a_model_without_eligible_entries_is_refused():
@@ -291,8 +294,11 @@ def test_a_model_without_eligible_entries_is_refused():
 @pytest.mark.parametrize("mask", [None, FisherMask(keep=0.2), FisherMask(keep=0.2, renormalise=True), NormLayers()])
 @pytest.mark.parametrize("ball", [L2Ball(), AdaptiveBall(eta=0.02), FisherBall(eta=3.0)])
 def test_the_slope_is_that_of_the_perturbation(mask, ball):
-    epsilon, grad, landscape = perturbed(Perturbation(0.1, ball, mask))
-    torch.testing.assert_close(landscape.slope, grad.dot(epsilon), rtol=1e-10, atol=0)
+    landscape, _ = opened(tiny_mlp(), WINDOW)
+    grad = landscape.evaluate().grad
+    epsilon, slope = Perturbation(0.1, ball, mask)(grad, landscape)
+    torch.testing.assert_close(slope, grad.dot(epsilon), rtol=1e-10, atol=0)
+    assert Perturbation(0.1, ball, mask)(grad.scale(1.0), landscape).slope is None  # nobody knows it for the gradient
 
 
 def test_what_moves_is_told_by_share():

@@ -32,16 +32,27 @@ def count(batch: Any) -> int:
     return max(set(sizes), key=lambda size: (sizes.count(size), size == named, size))
 
 
-def versions(batch: Any) -> list[int]:
+def versions(batch: Any) -> dict[str, int]:
     """How often each tensor of a micro-batch was changed in place.
 
     Args:
         batch: tensors, in any nesting of dicts, lists and tuples.
 
     Returns:
-        torch's version counters; of inference tensors, which have none, nothing.
+        torch's version counters by where the tensor stands, such as "pixel_values" or "images.0"; of inference
+        tensors, which have none, nothing.
     """
-    return [t._version for t in _tensors(batch) if not t.is_inference()]
+    found: dict[str, int] = {}
+    waiting = [("", batch)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, Tensor):
+            if not value.is_inference():
+                found[place] = value._version
+        elif isinstance(value, Mapping | list | tuple):
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [(f"{place}.{key}".lstrip("."), inner) for key, inner in pairs]
+    return found
 
 
 def part(batch: Any, rows: slice) -> Any:

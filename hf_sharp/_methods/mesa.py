@@ -60,18 +60,26 @@ class MESA(Method):
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
         """The teacher takes in the present weights; its term belongs to the first evaluation."""
+        facts = landscape.facts
         here = landscape.weights.map(lambda w: w.to(torch.promote_types(w.dtype, torch.float32), copy=True))
-        old = landscape.named(here) | self._state.get("teacher", {})  # a weight that was frozen before joins as it is
-        new = landscape.vector(old).scale(self.decay).add_(here, 1 - self.decay) if "teacher" in self._state else here
-        self._state["teacher"] = landscape.named(new)
-        count = landscape.over_ranks(window_positions(landscape.batches, landscape.shifts_labels))
-        return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape, new, count))
+        new, old = here, self._state.get("teacher")
+        if old is not None:
+            known = facts.vector(facts.named(here) | old)  # a weight that was frozen before joins as it is
+            new = known.scale(self.decay).add_(here, 1 - self.decay)
+        self._state["teacher"] = facts.named(new)
+        counts: dict[int, Tensor] = {}
+        return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape, new, counts))
 
     def gradient(self, landscape: Landscape) -> Evaluation:
-        """The first evaluation, which `start` gave the term."""
+        """The first evaluation, which `plan_first_pass` gave the term."""
         return landscape.evaluate()
 
-    def _term(self, outputs: Any, batch: Any, landscape: Landscape, teacher: ParamVector, count: Tensor) -> Tensor:
-        reference = landscape.outputs_at(batch, landscape.cast(teacher))
-        summed = kl_sum(reference, outputs, batch, landscape.shifts_labels, temperature=self.temperature)
-        return self.lam * self.temperature**2 * summed / count.to(summed.device).clamp_min(1)
+    def _term(
+        self, outputs: Any, batch: Any, landscape: Landscape, teacher: ParamVector, counts: dict[int, Tensor]
+    ) -> Tensor:
+        reference, shifted = landscape.outputs_at(batch, landscape.facts.cast(teacher)), landscape.facts.shifts_labels
+        summed = kl_sum(reference, outputs, batch, shifted, temperature=self.temperature)
+        number, batches = landscape.window.group
+        if number not in counts:  # the host normalises each announced group of micro-batches by itself
+            counts[number] = landscape.sum_over_ranks(window_positions(batches, shifted))
+        return self.lam * self.temperature**2 * summed / counts[number].to(summed.device).clamp_min(1)
