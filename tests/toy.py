@@ -17,13 +17,14 @@ class ToyHost(Host):
         model: returns {"loss": ...}.
         frozen: names left out of the optimizer's groups.
         scale: the loss scale.
+        step: the number of optimizer steps made before.
     """
 
     total_steps, warmup_steps, lr, lr_max, seed = 10, 2, 0.05, 0.1, 7
     rank, ranks, sharded, skips_overflows = 0, 1, False, False
 
-    def __init__(self, model, frozen=(), scale=1.0):
-        self.model, self.step, self.added = model, 0, {}
+    def __init__(self, model, frozen=(), scale=1.0, step=0):
+        self.model, self.step, self.added = model, step, {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in frozen}
         self.loss_scale = torch.tensor(scale)
         self.micro_batches = 1

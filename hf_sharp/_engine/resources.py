@@ -10,6 +10,8 @@ from hf_sharp._engine.rounding import CHOICES
 from hf_sharp._engine.state import ForwardState
 from hf_sharp._engine.weights import Pool
 
+WITHOUT = ("train_dataset", "eval_dataset")  # of a trainer's attributes, those that may be long lists
+
 
 class Resources:
     """What the landscapes of one training share.
@@ -32,4 +34,5 @@ class Resources:
     @cached_property
     def state(self) -> ForwardState:
         """What forwards read and move beside the weights; found when the first step begins."""
-        return ForwardState(self._host.stateful())
+        host = self._host
+        return ForwardState(host.stateful(), lambda: list(host.facts().parameters.values()), WITHOUT)

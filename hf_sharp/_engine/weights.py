@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sharp._engine.undo import Undo
+from hf_sharp._engine.watched import SMALL
 from hf_sharp._tensors.shards import local
 from hf_sharp._tensors.vector import copy_
 
@@ -86,3 +87,16 @@ def displaced(
     with undo.region(put_back):
         yield saved
     pool.give_back(weights, saved)
+
+
+def buffer_copies(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's buffers, for a pass that must not touch the buffers: a graph may have saved them.
+
+    Args:
+        model: the module.
+
+    Returns:
+        Copies by name; large integer buffers, which are tables that nobody moves, are left out.
+    """
+    named = model.named_buffers()
+    return {n: b.detach().clone() for n, b in named if b.is_floating_point() or b.is_complex() or b.numel() <= SMALL}

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.rounding import cast_by_autocast
-from hf_sharp._engine.state import buffer_copies
+from hf_sharp._engine.weights import buffer_copies
 from hf_sharp._integrations.labels import shifts_labels
 from hf_sharp._integrations.momentum import momentum_of
 from hf_sharp._tensors.shards import sharded

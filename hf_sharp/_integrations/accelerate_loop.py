@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any
 
 from accelerate import Accelerator
@@ -98,8 +99,9 @@ class LoopHost(AcceleratorHost):
             self.accelerator.backward(self._run(row)[0] * self.divisor)
 
     def stateful(self) -> dict[str, object]:
-        """The model, and the loss function if it is an object with attributes."""
-        return {"model": self.model, "loss_fn": self._loss_fn}
+        """The model, and the loss function if it is an object with attributes; what a function writes it writes."""
+        objects = {} if isinstance(self._loss_fn, FunctionType) else {"loss_fn": self._loss_fn}
+        return {"model": self.model, **objects}
 
     def _run(self, batch: Any, keep: bool = False) -> tuple[Tensor, Any]:
         with self.watched() if keep else nullcontext([]) as kept:

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -157,7 +158,9 @@ class TrainerHost(AcceleratorHost):
 
     def stateful(self) -> dict[str, object]:
         """The model, the Trainer's attributes, in which `compute_loss` of TRL's trainers writes, and its loss."""
-        return {"model": self.model, "trainer": self.trainer, "compute_loss_func": self.trainer.compute_loss_func}
+        loss = self.trainer.compute_loss_func
+        objects = {} if loss is None or isinstance(loss, FunctionType) else {"compute_loss_func": loss}
+        return {"model": self.model, type(self.trainer).__name__: self.trainer, **objects}
 
     def momentum(self) -> dict[str, Tensor] | None:
         """The optimizer's; before there is one, its name is looked at."""
