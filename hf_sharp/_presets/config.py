@@ -66,6 +66,7 @@ class SharpConfig:
         fisher: how fsam estimates the Fisher diagonal.
         scope: over what fsam takes the largest entries.
         outside: what fsam does with biases, embeddings and BatchNorm.
+        embeddings: by what fsam tells embeddings.
         renormalise: whether fsam's masked perturbation has the full radius.
         samples: rows for fsam's per-sample Fisher, draws of randomized_smoothing.
         ball: of sam_on.
@@ -114,6 +115,7 @@ class SharpConfig:
     outside: str | None = field(
         default=None, metadata={"help": "fsam: bias, embeddings, BatchNorm 'always' or 'never'."}
     )
+    embeddings: str | None = field(default=None, metadata={"help": "fsam: told by 'modules' or by 'names'."})
     renormalise: bool | None = field(default=None, metadata={"help": "fsam: give the masked perturbation radius rho."})
     samples: int | None = field(
         default=None, metadata={"help": "fsam: rows for its Fisher; randomized_smoothing: draws."}

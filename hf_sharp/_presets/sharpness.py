@@ -75,6 +75,7 @@ def fsam(
     fisher: str = "batch",
     scope: str = "global",
     outside: str = "always",
+    embeddings: str = "modules",
     renormalise: bool = False,
     samples: int = 32,
     fraction: float = 1.0,
@@ -93,6 +94,8 @@ def fsam(
         fisher: "batch" (the authors' code: no cost) or "per_sample" (the paper: one backward a row at each refresh).
         scope: the largest entries of the whole network ("global") or of each tensor ("tensor").
         outside: biases, embeddings and BatchNorm are "always" perturbed (the authors' code) or "never".
+        embeddings: what counts as one: what `nn.Embedding` "modules" own, or, by "names", what is called `embed` (the
+            authors' code, which misses GPT-2's `wte` and takes BERT's `embeddings.LayerNorm` for one).
         renormalise: True gives the masked perturbation the full radius.
         samples: rows for "per_sample".
         fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
@@ -109,6 +112,7 @@ def fsam(
         samples=samples,
         scope=scope,
         outside=outside,
+        embeddings=embeddings,
         renormalise=renormalise,
     )
     return timed(SAM(Perturbation(rho=rho, mask=mask), fraction), interval, start)
