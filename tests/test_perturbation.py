@@ -143,6 +143,23 @@ def test_a_mask_over_parameters_takes_the_norm_over_them():
         assert there == {"norm.weight", "norm.bias"} and epsilon.norm() == pytest.approx(0.2, abs=1e-12)
 
 
+@pytest.mark.parametrize("on", ["weights", "all"])
+def test_sam_ons_adaptive_ball_adapts_to_scales_or_as_its_authors_to_shifts_too(on):
+    """Over the norm layer alone e = rho T^2 g / ||T g||; T is |w| + eta on the scale, and on the shift if on="all"."""
+    model = tiny_mlp()
+    with torch.no_grad():
+        model.norm.bias.copy_(torch.linspace(-0.3, 0.4, 8))
+    epsilon, grad, landscape = perturbed(hf_sharp.sam_on(10.0, ball="adaptive", eta=0.02, on=on).perturbation, model)
+    w, g = model.norm, dict(zip(landscape.names, grad.tensors, strict=True))
+    scale = w.weight.detach().abs() + 0.02
+    shift = w.bias.detach().abs() + 0.02 if on == "all" else torch.ones(8, dtype=torch.float64)
+    length = ((scale * g["norm.weight"]).square().sum() + (shift * g["norm.bias"]).square().sum()).sqrt()
+    moved = dict(zip(landscape.names, epsilon.tensors, strict=True))
+    for name, t in (("norm.weight", scale), ("norm.bias", shift)):
+        torch.testing.assert_close(moved[name], 10.0 * t.square() * g[name] / length, rtol=1e-12, atol=0)
+    assert all(moved[name] is None for name in landscape.names if not name.startswith("norm."))
+
+
 @pytest.mark.parametrize("mask", [ByName("nobody"), NormLayers()])
 def test_an_empty_mask_is_refused_before_training(mask):
     landscape = Landscape(ToyHost(nn.Sequential(nn.Linear(2, 2))))
@@ -406,6 +423,8 @@ def test_a_schedule_that_needs_an_unknown_length_says_so():
         lambda: FisherMask(scope="layer"),
         lambda: FisherMask(outside="sometimes"),
         lambda: FisherMask(embeddings="types"),
+        lambda: hf_sharp.sam_on(on="all"),
+        lambda: hf_sharp.sam_on(ball="adaptive", on="shifts"),
         lambda: FisherMask(samples=0),
         lambda: RandomMask(keep=-1),
         lambda: ByName("("),
