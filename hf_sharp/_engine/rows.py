@@ -120,8 +120,8 @@ def _cut(batch: Any, rows: slice, size: int, name: str) -> Any:
         if not _fits(batch, size):
             raise ValueError(
                 "A part of a micro-batch is asked for, and which rows go with it cannot be told: there are "
-                f"{size}, but {name or 'one tensor'} has the shape {tuple(batch.shape)}, as when the patches of all images lie in "
-                f"one tensor. {WAY_OUT}"
+                f"{size}, but {name or 'one tensor'} has the shape {tuple(batch.shape)}, as when the patches of all "
+                f"images lie in one tensor. {WAY_OUT}"
             )
         return batch[rows] if batch.ndim and batch.shape[0] == size else batch
     if isinstance(batch, Mapping):
