@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -26,7 +27,7 @@ from hf_sharp import (
 )
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._perturbation.entry_masks import largest
-from models import mlp_rows, tiny_mlp, windows_of
+from models import mlp_rows, tiny_bert, tiny_mlp, windows_of
 from references import functional, window_gradient
 from toy import ToyHost, flat, opened
 
@@ -143,6 +144,23 @@ def test_a_mask_over_parameters_takes_the_norm_over_them():
         assert there == {"norm.weight", "norm.bias"} and epsilon.norm() == pytest.approx(0.2, abs=1e-12)
 
 
+@pytest.mark.parametrize("on", ["weights", "all"])
+def test_sam_ons_adaptive_ball_adapts_to_scales_or_as_its_authors_to_shifts_too(on):
+    """Over the norm layer alone e = rho T^2 g / ||T g||; T is |w| + eta on the scale, and on the shift if on="all"."""
+    model = tiny_mlp()
+    with torch.no_grad():
+        model.norm.bias.copy_(torch.linspace(-0.3, 0.4, 8))
+    epsilon, grad, landscape = perturbed(hf_sharp.sam_on(10.0, ball="adaptive", eta=0.02, on=on).perturbation, model)
+    w, g = model.norm, dict(zip(landscape.names, grad.tensors, strict=True))
+    scale = w.weight.detach().abs() + 0.02
+    shift = w.bias.detach().abs() + 0.02 if on == "all" else torch.ones(8, dtype=torch.float64)
+    length = ((scale * g["norm.weight"]).square().sum() + (shift * g["norm.bias"]).square().sum()).sqrt()
+    moved = dict(zip(landscape.names, epsilon.tensors, strict=True))
+    for name, t in (("norm.weight", scale), ("norm.bias", shift)):
+        torch.testing.assert_close(moved[name], 10.0 * t.square() * g[name] / length, rtol=1e-12, atol=0)
+    assert all(moved[name] is None for name in landscape.names if not name.startswith("norm."))
+
+
 @pytest.mark.parametrize("mask", [ByName("nobody"), NormLayers()])
 def test_an_empty_mask_is_refused_before_training(mask):
     landscape = Landscape(ToyHost(nn.Sequential(nn.Linear(2, 2))))
@@ -195,6 +213,45 @@ def test_batch_norm_is_outside_the_fisher_mask():
     assert (epsilon.tensors[at] != 0).eq(grad.tensors[at] != 0).all()
     epsilon, _, _ = perturbed(Perturbation(0.1, mask=FisherMask(keep=0.01, outside="never")), model)
     assert epsilon.tensors[at] is None
+
+
+# Which parameters stand outside the mask, read off the models' architectures and not found by a rule.
+OUTSIDE = {
+    "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"},
+    "t5": {
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    },
+    "bert": {
+        "bert.embeddings.word_embeddings.weight",
+        "bert.embeddings.position_embeddings.weight",
+        "bert.embeddings.token_type_embeddings.weight",
+    },
+}
+BY_NAME = {
+    "gpt2": set(),
+    "t5": OUTSIDE["t5"] - {"shared.weight"},
+    "bert": OUTSIDE["bert"] | {"bert.embeddings.LayerNorm.weight"},
+}
+
+
+@pytest.mark.parametrize("embeddings, expected", [("modules", OUTSIDE), ("names", BY_NAME)])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_embeddings_are_told_by_module_or_as_the_authors_do_by_name(name, embeddings, expected):
+    model = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=8)),
+        "t5": lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        ),
+        "bert": tiny_bert,
+    }[name]()
+    landscape = Landscape(ToyHost(model))
+    mask = FisherMask(keep=0.5, embeddings=embeddings)
+    biases = {n for n, _ in model.named_parameters() if n.endswith(".bias")}
+    assert mask.whole(landscape) == expected[name] | biases
+    never = FisherMask(keep=0.5, embeddings=embeddings, outside="never").perturbed(landscape)
+    assert set(landscape.names) - set(never) == expected[name] | biases
 
 
 def test_the_per_sample_fisher_is_the_mean_of_squared_row_gradients():
@@ -370,6 +427,9 @@ def test_a_schedule_that_needs_an_unknown_length_says_so():
         lambda: FisherMask(fisher="exact"),
         lambda: FisherMask(scope="layer"),
         lambda: FisherMask(outside="sometimes"),
+        lambda: FisherMask(embeddings="types"),
+        lambda: hf_sharp.sam_on(on="all"),
+        lambda: hf_sharp.sam_on(ball="adaptive", on="shifts"),
         lambda: FisherMask(samples=0),
         lambda: RandomMask(keep=-1),
         lambda: ByName("("),

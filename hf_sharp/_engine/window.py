@@ -136,8 +136,7 @@ class Window:
             count = max(1, round(fraction * len(self.batches)))
             batches, share = self.batches[:count], count / len(self.batches)
         else:
-            size = rows.count(self.batches[0])
-            count = max(1, round(fraction * size))
+            count, size = rows.share(self.batches[0], fraction)
             batches, share = [self._host.part(self.batches[0], slice(count))], count / size
         normaliser = self._host.normaliser(batches)
         entries = [first.entry if several else None for first in self._first[: len(batches)]]

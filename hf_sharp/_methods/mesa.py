@@ -3,7 +3,9 @@
     L + lam T^2 KL(softmax(teacher / T) || softmax(model / T)),  teacher weights <- decay teacher + (1 - decay) w
 
 The mean is over the positions that the loss looks at; the teacher is kept in float32 or better. The logged loss holds
-the added term.
+the added term. The average is taken at every step of training, also where a combinator leaves the term out (a late
+start, an interval), as in the authors' code. Their teacher predicts in evaluation mode; here it has the model's mode
+and the same dropout, since a forward at other weights repeats the pass that is being made.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class MESA(Method):
     """The gradient of the loss plus a trajectory loss towards a running mean of the weights.
 
     Args:
-        lam: weight of the trajectory loss; 0 gives plain training. The paper starts it after some epochs: `After`.
+        lam: weight of the trajectory loss; 0 gives plain training. The paper starts it after some epochs: `After`,
+            before which only the average is taken.
         decay: how much of the old mean a step keeps.
         temperature: T.
 
@@ -58,8 +61,8 @@ class MESA(Method):
         """One evaluation and the teacher's forward, which counts as a third."""
         return 1.0 + 1 / 3
 
-    def plan_first_pass(self, landscape: Landscape) -> FirstPass:
-        """The teacher takes in the present weights; its term belongs to the first evaluation."""
+    def begin(self, landscape: Landscape) -> None:
+        """The teacher takes in the present weights, at every step of training."""
         facts = landscape.facts
         here = landscape.weights.map(lambda w: w.to(torch.promote_types(w.dtype, torch.float32), copy=True))
         new, old = here, self._state.get("teacher")
@@ -67,8 +70,12 @@ class MESA(Method):
             known = facts.vector(facts.named(here) | old)  # a weight that was frozen before joins as it is
             new = known.scale(self.decay).add_(here, 1 - self.decay)
         self._state["teacher"] = facts.named(new)
+
+    def plan_first_pass(self, landscape: Landscape) -> FirstPass:
+        """The teacher's term belongs to the first evaluation."""
+        teacher = landscape.facts.vector(self._state["teacher"])
         counts: dict[int, Tensor] = {}
-        return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape, new, counts))
+        return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape, teacher, counts))
 
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The first evaluation, which `plan_first_pass` gave the term."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hf_sharp._checks import check_choice, check_count, check_share
@@ -100,8 +100,11 @@ class FisherMask(_Refreshed):
             row.
         samples: how many rows of the window "per_sample" uses, on each rank.
         scope: "global": the largest over the whole network. "tensor": over each parameter by itself.
-        outside: what happens to parameters named `bias` or `embed` and those of BatchNorm, which are not eligible:
-            "always" perturbed (the authors' code) or "never".
+        outside: what happens to biases, embeddings and the parameters of BatchNorm, which are not eligible: "always"
+            perturbed (the authors' code) or "never".
+        embeddings: which parameters count as embeddings. "modules": those that `nn.Embedding` modules own, so that
+            GPT-2's `wte` and T5's `shared` do and BERT's `embeddings.LayerNorm` does not. "names": those with `embed`
+            in their name, as in the authors' code.
         renormalise: False: the norm is over all entries and ||e|| <= rho (the authors' code). True: ||e|| = rho.
     """
 
@@ -109,6 +112,7 @@ class FisherMask(_Refreshed):
     samples: int = 32
     scope: str = "global"
     outside: str = "always"
+    embeddings: str = "modules"
     renormalise: bool = False
 
     @property
@@ -121,6 +125,7 @@ class FisherMask(_Refreshed):
         check_choice(self.fisher, "fisher", ("batch", "per_sample"))
         check_choice(self.scope, "scope", ("global", "tensor"))
         check_choice(self.outside, "outside", ("always", "never"))
+        check_choice(self.embeddings, "embeddings", ("modules", "names"))
         check_choice(self.renormalise, "renormalise", (True, False))
         check_count(self.samples, "samples", "a number of rows")
 
@@ -176,12 +181,17 @@ class FisherMask(_Refreshed):
         return {name: largest({name: f}, self.keep)[name] for name, f in scores.items()}, overflow
 
     def _eligible(self, landscape: Landscape) -> set[str]:
+        """The names of what the mask chooses from: no bias, no embedding, nothing of BatchNorm."""
         known = {id(p): name for name, p in landscape.facts.parameters.items()}
-        batch_norms = [
-            m for m in landscape.modules.values() if isinstance(m, _NormBase) or "BatchNorm" in type(m).__name__
-        ]
-        excluded = {known[id(p)] for m in batch_norms for p in m.parameters(recurse=False) if id(p) in known}
-        return {name for name in landscape.facts.names if "bias" not in name and "embed" not in name} - excluded
+        outside = [module for module in landscape.modules.values() if self._stands_outside(module)]
+        excluded = {known[id(p)] for m in outside for p in m.parameters(recurse=False) if id(p) in known}
+        words = ("bias", "embed") if self.embeddings == "names" else ("bias",)
+        return {name for name in landscape.facts.names if not any(word in name for word in words)} - excluded
+
+    def _stands_outside(self, module: nn.Module) -> bool:
+        if isinstance(module, _NormBase) or "BatchNorm" in type(module).__name__:
+            return True
+        return self.embeddings == "modules" and isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
     def _per_sample(self, landscape: Landscape) -> ParamVector:
         squares: list[Tensor | None] = [None] * len(landscape.facts.names)
