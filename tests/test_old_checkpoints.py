@@ -28,6 +28,7 @@ TOLERANCE = 1e-12
 def made():
     """The script that made the checkpoints, as a module."""
     spec = importlib.util.spec_from_file_location("made", FOLDER / "make.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
