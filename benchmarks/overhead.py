@@ -13,8 +13,8 @@ it: compare two versions in turns, and by their ratio.
 
 Calls: how many Python functions of hf_sharp's files are called per micro-batch of the same training, in how many
 files, and how often a call is in another file than the call before. A generator that goes on counts again; code that
-has no file, such as a dataclass's `__init__`, does not. From Python 3.12 on a list comprehension is no call, so compare
-within one Python version.
+has no file, such as a dataclass's `__init__`, does not. From Python 3.12 on a list comprehension is no call; so the
+same Python is to be used for both versions.
 """
 
 import argparse
