@@ -100,7 +100,8 @@ dist:
 	@rm -rf dist && $(DIST)/bin/python -m build --outdir dist .
 
 release-check:
-	@test "$(TAG)" = "v$$($(MAKE) --no-print-directory version)" || { echo "The tag '$(TAG)' is not v$$($(MAKE) --no-print-directory version)"; exit 1; }
+	@version="v$$($(MAKE) --no-print-directory version)"; \
+	test "$$TAG" = "$$version" || { echo "The tag '$$TAG' is not $$version"; exit 1; }
 
 version:
 	@sed -n 's/^__version__ = "\(.*\)"$$/\1/p' hf_sharp/__init__.py
