@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from doors import build
 from hf_sharp import SharpTrainer, sam
 from models import mlp_rows, tiny_mlp, windows_of
 from references import flat
+from training import build
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

@@ -19,12 +19,12 @@ from transformers import (
     Trainer,
 )
 
-from doors import build, train, weights
 from hf_sharp import Constant, Landscape, SharpConfig, SharpTrainer, make_sharp, mesa, msam, plain, saf, sam, tram
 from hf_sharp._integrations.labels import shifts_labels
 from hf_sharp._perturbation.noise import noisy_inputs
 from hf_sharp._tensors.divergences import kl_sum, positions
 from models import batch_of, causal_rows, mlp_rows, seeded, text_rows, tiny_bert, tiny_llama, tiny_mlp
+from training import build, train, weights
 
 SIZES = {"vocab_size": 32, "d_model": 16}
 

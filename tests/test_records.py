@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import Trainer
 
-from doors import train, weights
 from hf_sharp import SharpTrainer, fsam, make_sharp, sam
 from hf_sharp._integrations.records import LARGEST, Records
 from models import mlp_rows, tiny_mlp
+from training import train, weights
 
 
 def nested():

@@ -1,4 +1,4 @@
-"""The Trainer door: everything a Trainer does still works, and what it writes says how the gradient was got."""
+"""SharpTrainer: everything a Trainer does still works, and what it writes says how the gradient was got."""
 
 import json
 import pickle
@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import BatchEncoding, EarlyStoppingCallback, Seq2SeqTrainer, Trainer, TrainerCallback
 
-from doors import Recorder, Tripwire, build, train, weights
 from hf_sharp import (
     SAM,
     ByName,
@@ -29,6 +28,7 @@ from models import (
     batch_of,
     causal_rows,
     image_rows,
+    mean_bert,
     mlp_rows,
     text_rows,
     tiny_bert,
@@ -38,7 +38,7 @@ from models import (
     windows_of,
 )
 from references import functional, window_gradient
-from test_contract import bert, exact_logs
+from training import Recorder, Tripwire, build, exact_logs, train, weights
 
 
 def hand_sam(model, batches, rho, lr, steps):
@@ -115,23 +115,26 @@ def test_a_causal_lm_with_token_counts_agrees_across_windows(tmp_path):
 def test_a_trainers_options_keep_working(settings, tmp_path):
     pair = []
     for cls, options in ((Trainer, {}), (SharpTrainer, {"method": sam(0.0)})):
-        trainer = train(cls, bert(), text_rows(40), tmp_path, gradient_accumulation_steps=2, **settings, **options)
+        trainer = train(
+            cls, mean_bert(), text_rows(40), tmp_path, gradient_accumulation_steps=2, **settings, **options
+        )
         pair.append((weights(trainer), exact_logs(trainer)))
     assert torch.equal(pair[0][0], pair[1][0]) and pair[0][1] == pair[1][1]
-    moved = train(SharpTrainer, bert(), text_rows(40), tmp_path, method=sam(0.2), **settings)
+    moved = train(SharpTrainer, mean_bert(), text_rows(40), tmp_path, method=sam(0.2), **settings)
     gaps = [line["sharp_gap"] for line in moved.state.log_history if "sharp_gap" in line]
     assert len(gaps) == 5 and max(gaps) > 0 and not torch.equal(weights(moved), pair[0][0])
 
 
 def test_checkpointed_sam_on_asks_for_a_subset_where_it_can_and_says_where_it_cannot(tmp_path):
-    plain = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam_on(0.1))
+    plain = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam_on(0.1))
     settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     torch.testing.assert_close(
-        weights(train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)), weights(plain)
+        weights(train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)),
+        weights(plain),
     )
     settings["activation_checkpointing_kwargs"] = {"use_reentrant": True}
     with pytest.warns(UserWarning, match="reentrant gradient checkpointing needs the full backward"):
-        trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)
+        trainer = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)
     torch.testing.assert_close(weights(trainer), weights(plain))
 
 
@@ -150,21 +153,21 @@ def test_a_custom_loss_function_is_used_in_every_pass(tmp_path):
 def test_compiled_models_give_the_same_weights_without_recompiling(tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = bert()
+    model = mean_bert()
     settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
     compiled = train(SharpTrainer, model, text_rows(20), tmp_path, method=sam(0.1), **settings)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    train(Trainer, bert(), text_rows(20), tmp_path, **settings)
+    train(Trainer, mean_bert(), text_rows(20), tmp_path, **settings)
     assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch._dynamo.reset()
-    eager = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), max_steps=3)
+    eager = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam(0.1), max_steps=3)
     torch.testing.assert_close(weights(compiled), weights(eager), rtol=1e-3, atol=2e-3)
 
 
 def test_auto_find_batch_size_goes_on_after_running_out_of_memory_in_the_second_pass(tmp_path):
-    model = bert()
+    model = mean_bert()
     start = [p.detach().clone() for p in model.parameters()]
     wire = Tripwire(model, at=2, error=RuntimeError("CUDA out of memory. Tried to allocate"))
     seen = []
@@ -182,7 +185,7 @@ def test_auto_find_batch_size_goes_on_after_running_out_of_memory_in_the_second_
 
 def test_a_second_training_starts_the_method_afresh(tmp_path):
     method = fsam(0.1, every=100)
-    trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=method)
+    trainer = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=method)
     first = {k: v for k, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
     trainer.train()
     second = method.state_dict()
@@ -215,14 +218,14 @@ def test_direct_calls_add_to_the_gradients_that_are_there(tmp_path):
     assert torch.equal(*sums)
 
 
-def test_a_training_step_above_the_door_may_make_new_batches(tmp_path):
+def test_a_training_step_above_ours_may_make_new_batches(tmp_path):
     class Own(SharpTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             return super().training_step(model, dict(inputs), num_items_in_batch)
 
     for method in (sam(0.0), sam(0.1)):
         pair = [
-            train(cls, bert(), text_rows(64), tmp_path, method=method, gradient_accumulation_steps=3)
+            train(cls, mean_bert(), text_rows(64), tmp_path, method=method, gradient_accumulation_steps=3)
             for cls in (SharpTrainer, Own)
         ]
         assert torch.equal(weights(pair[0]), weights(pair[1]))
@@ -274,7 +277,7 @@ def test_early_stopping_and_the_best_model(tmp_path):
     }
     trainer = train(
         SharpTrainer,
-        bert(),
+        mean_bert(),
         text_rows(40),
         tmp_path,
         method="fsam",
@@ -310,7 +313,9 @@ def test_hyperparameter_search_starts_every_trial_afresh(tmp_path):
 
 def test_checkpoints_hold_the_method_its_settings_and_no_pickle_of_ours(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method={"method": "fsam", "every": 3}, **settings)
+    trainer = train(
+        SharpTrainer, mean_bert(), text_rows(20), tmp_path, method={"method": "fsam", "every": 3}, **settings
+    )
     checkpoint = tmp_path / "checkpoint-4"
     record = json.loads((checkpoint / "sharp_config.json").read_text())
     assert record == {
@@ -326,17 +331,17 @@ def test_checkpoints_hold_the_method_its_settings_and_no_pickle_of_ours(tmp_path
     trainer.save_model(tmp_path / "final")
     assert (tmp_path / "final" / "sharp_config.json").is_file()
     assert not (tmp_path / "final" / "sharp_state.safetensors").exists()
-    plain = train(SharpTrainer, bert(), text_rows(20), tmp_path / "plain", max_steps=1)
+    plain = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path / "plain", max_steps=1)
     plain.save_model(tmp_path / "final")
     assert not (tmp_path / "final" / "sharp_config.json").exists()  # it would speak of another training
 
 
 def test_a_checkpoint_whose_state_is_gone_or_broken_is_named(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    train(SharpTrainer, bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
+    train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
     state = tmp_path / "checkpoint-2" / "sharp_state.safetensors"
     state.write_bytes(state.read_bytes()[:50])
-    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
+    trainer = build(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
     with pytest.raises(ValueError, match=r"sharp_state.safetensors cannot be read"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     state.unlink()
@@ -346,31 +351,38 @@ def test_a_checkpoint_whose_state_is_gone_or_broken_is_named(tmp_path):
 
 def test_a_method_without_state_adds_no_state_file(tmp_path):
     train(
-        SharpTrainer, bert(), text_rows(20), tmp_path, method="sam", save_strategy="steps", save_steps=2, max_steps=2
+        SharpTrainer,
+        mean_bert(),
+        text_rows(20),
+        tmp_path,
+        method="sam",
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=2,
     )
     assert not (tmp_path / "checkpoint-2" / "sharp_state.safetensors").exists()
 
 
 def test_resuming_with_another_method_warns_and_names_both(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
-    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.2), **settings)
+    train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
+    trainer = build(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam(0.2), **settings)
     with pytest.warns(UserWarning, match=r"rho=0.1.*rho=0.2"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_resuming_with_another_rounding_warns(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "method": sam(0.1)}
-    train(SharpTrainer, bert(), text_rows(20), tmp_path, rounding="nearest", **settings)
-    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, **settings)
+    train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, rounding="nearest", **settings)
+    trainer = build(SharpTrainer, mean_bert(), text_rows(20), tmp_path, **settings)
     with pytest.warns(UserWarning, match=r"trained with rounding=nearest, and goes on with rounding=stochastic"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_state_of_another_method_is_refused_on_resume(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    train(SharpTrainer, bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
-    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
+    train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
+    trainer = build(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
     with (
         pytest.warns(UserWarning, match="goes on with"),
         pytest.raises(ValueError, match=r"has no part 'perturbation\.mask'"),
@@ -391,7 +403,7 @@ def test_trackers_see_the_method_when_training_begins_and_the_arguments_stay_pic
 
 
 def test_the_model_card_names_the_method(tmp_path):
-    trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method="sam")
+    trainer = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method="sam")
     trainer.create_model_card()
     text = (tmp_path / "README.md").read_text()
     assert "- sharpness-aware" in text and repr(trainer.method) in text and "2 passes a step" in text
@@ -417,7 +429,9 @@ def test_flos_count_the_passes(tmp_path):
     rowwise = {"method": "fsam", "fisher": "per_sample", "samples": 4, "every": 100}
     for name, method in {None: None, "plain": "plain", "sam": "sam", "rows": rowwise}.items():
         settings = {"gradient_accumulation_steps": 2, "data_collator": collate}
-        flos[name] = train(SharpTrainer, bert(), text_rows(40), tmp_path, method=method, **settings).state.total_flos
+        flos[name] = train(
+            SharpTrainer, mean_bert(), text_rows(40), tmp_path, method=method, **settings
+        ).state.total_flos
     assert flos["sam"] == 2 * flos["plain"] == 2 * flos[None] > 0
     assert flos["rows"] - flos["sam"] == pytest.approx(flos[None] / 5 / 2)  # 4 of the 8 rows of one of 5 steps
 
