@@ -212,6 +212,20 @@ def test_an_update_that_never_came_is_forgotten():
     assert torch.equal(flat(model), before)
 
 
+def test_an_optimizer_that_steps_twice_has_what_belongs_to_the_update_once():
+    accelerator = Accelerator(cpu=True)
+    model = tiny_mlp(seed=1)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    sharp = SharpStep(Offset(), prepared, optimizer, accelerator, lambda model, batch: model(**batch)["loss"])
+    head = model.head.weight.detach().clone()
+    for window in WINDOWS[:2]:
+        sharp.backward(window[0])
+        head = head * 0.9 + 0.01
+        for _ in range(2):
+            optimizer.step()
+            torch.testing.assert_close(model.head.weight.detach(), head, rtol=0, atol=1e-14)
+
+
 def test_windows_of_one_that_nobody_announced_add_up(tmp_path):
     def gradient_of(windows):
         trainer = trainer_of(tmp_path)

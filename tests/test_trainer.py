@@ -21,8 +21,10 @@ from hf_sharp import (
     fsam,
     looksam,
     make_sharp,
+    mesa,
     sam,
     sam_on,
+    tram,
 )
 from models import (
     batch_of,
@@ -254,6 +256,20 @@ def test_schedules_see_the_trainers_facts(tmp_path):
     assert seen == [(0.0, 0.4, 0, 4, 2), (0.2, 0.4, 1, 4, 2), (0.4, 0.4, 2, 4, 2), (0.2, 0.4, 3, 4, 2)]
 
 
+@pytest.mark.parametrize("lr", [0.4, 0.01])
+def test_the_largest_learning_rate_is_that_of_an_optimizer_of_ones_own(lr, tmp_path):
+    """Not that of the arguments, which such an optimizer does not follow; larger or smaller."""
+    seen, model = [], tiny_mlp()
+
+    def rho(landscape):
+        seen.append((landscape.lr, landscape.lr_max))
+        return 0.1
+
+    settings = {"optimizers": (torch.optim.SGD(model.parameters(), lr=lr), None), "learning_rate": 0.05}
+    train(SharpTrainer, model, mlp_rows(20), tmp_path, method=SAM(Perturbation(rho)), max_steps=4, **settings)
+    assert seen == [(pytest.approx(lr * share), lr) for share in (1, 0.75, 0.5, 0.25)]
+
+
 def test_a_window_that_the_data_cut_short_leaves_the_next_epoch_whole(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -436,6 +452,29 @@ def test_flos_count_the_passes(tmp_path):
     assert flos["rows"] - flos["sam"] == pytest.approx(flos[None] / 5 / 2)  # 4 of the 8 rows of one of 5 steps
 
 
+@dataclass(frozen=True)
+class Onlooker(Method):
+    """Plain training that asks for the outputs of the window once more, without gradients."""
+
+    cost = 1 + 1 / 3
+
+    def gradient(self, landscape):
+        here = landscape.evaluate()
+        landscape.forward(lambda outputs, batch: outputs["logits"].sum())
+        return here
+
+
+@pytest.mark.parametrize("method", [Onlooker(), tram("previous"), mesa()], ids=lambda method: type(method).__name__)
+def test_a_forward_without_a_backward_is_a_third_of_a_pass(method, tmp_path):
+    """One of three: a backward takes about two forwards. As a verb of its own, and within a pass."""
+    flos = []
+    for one in (None, method):
+        settings = {"method": one, "gradient_accumulation_steps": 2}
+        flos.append(train(SharpTrainer, mean_bert(), text_rows(40), tmp_path, **settings).state.total_flos)
+    assert flos[1] / flos[0] == pytest.approx(method.cost, rel=1e-9) and flos[0] > 0
+    assert method.cost % 1 == pytest.approx(1 / 3)
+
+
 # ---- logs
 
 
@@ -461,6 +500,41 @@ def test_metrics_are_logged_with_the_epoch_strategy(tmp_path):
     settings = {"logging_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}
     trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method=sam(0.1), **settings)
     assert len([line for line in trainer.state.log_history if "sharp_gap" in line]) == 2
+
+
+@dataclass(frozen=True)
+class Growing(Method):
+    """Makes one evaluation in step 0, two in step 1, ...: `sharp_evaluations` tells which steps were measured."""
+
+    period: int = 1
+    cost = 1.0
+
+    def gradient(self, landscape):
+        here = landscape.evaluate()
+        for _ in range(landscape.step):
+            landscape.evaluate()
+        return here
+
+
+@pytest.mark.parametrize(
+    "period, settings, expected",
+    [
+        # 5 batches an epoch, in windows of 2: 3 steps an epoch. Logged at the ends of epochs, and where training ends.
+        (1, {"logging_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}, {3: 3.0, 6: 6.0}),
+        (1, {"logging_strategy": "epoch", "max_steps": 5}, {3: 3.0, 5: 5.0}),
+        (1, {"logging_strategy": "epoch", "max_steps": 2}, {2: 2.0}),
+        (2, {"logging_strategy": "epoch", "max_steps": 5}, {3: 2.5, 5: 4.5}),
+        (1, {"logging_steps": 3, "max_steps": 7}, {3: 3.0, 6: 6.0}),
+        (2, {"logging_steps": 3, "max_steps": 7}, {3: 2.5, 6: 5.5}),
+        (1, {"logging_steps": 3, "logging_first_step": True, "max_steps": 6}, {1: 1.0, 3: 3.0, 6: 6.0}),
+    ],
+)
+def test_the_steps_before_a_line_are_measured_as_many_as_the_period_has(period, settings, expected, tmp_path):
+    """Each line tells the mean of these and of no other: neither of steps between, nor of what a line before told."""
+    settings = {"method": Growing(period), "gradient_accumulation_steps": 2, **settings}
+    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, **settings)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert {line["step"]: line.get("sharp_evaluations") for line in lines} == expected
 
 
 def test_bf16_weights_that_swallow_the_shift_are_named_once(tmp_path):
