@@ -12,10 +12,10 @@ import argparse
 import time
 
 import torch
+from hf_sharp._engine.shift import realised
 from torch import Tensor, nn
 
 from hf_sharp._engine.rounding import move_rounded_
-from hf_sharp._engine.shift import realised
 
 
 def measure(entries: int, rho: float, device: str, rounding: str) -> tuple[float, float, float]:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from hf_sharp._engine.shift import Pool, displaced
 from step import FLOOR, build, config_of, data, median_interval, race, ratios_of
 from torch import nn
 
 from hf_sharp import FisherMask
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.rounding import move_rounded_
-from hf_sharp._engine.shift import Pool, displaced
 from hf_sharp._integrations.accelerate_loop import LoopHost
 from hf_sharp._tensors.vector import ParamVector, move_
 from hf_sharp.recipes import report

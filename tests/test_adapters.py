@@ -8,12 +8,12 @@ from transformers import Trainer
 
 import adapter_references
 import hf_sharp
-from doors import Recorder, Tripwire, build, train
+from grad_scaler import Scaled
 from hf_sharp import SharpOptimizer, SharpStep, SharpTrainer
 from models import causal_rows, mlp_rows, tiny_mlp, windows_of
-from peft_models import METHODS, RANK, SCALING, frozen, lora_llama, lora_mlp, trainables
+from peft_models import METHODS, RANK, SCALING, added, frozen, lora_llama, lora_mlp, trainables
 from references import adamw, linear_decay, sgd
-from test_contract import Scaled, exact_logs, same_state
+from training import Recorder, Tripwire, build, exact_logs, same_state, train
 
 ROWS = mlp_rows(40)
 NAME = "base_model.model.{}.default"
@@ -25,11 +25,6 @@ def fresh_state():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-def own(trainer):
-    """The method's own parameters, laid end to end."""
-    return torch.cat([torch.empty(0), *(p.detach().reshape(-1) for p in trainer._sharp_host.added.values())])
 
 
 def optimizers(kind, model):
@@ -65,8 +60,8 @@ def test_five_steps_are_the_references(name, kind, start, tmp_path):
     optimizer, updates = optimizers(kind, model)
     settings = {"optimizers": (optimizer, None), "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
     trainer = build(SharpTrainer, model, ROWS, tmp_path, method=METHODS[name](), **settings)
-    record = Recorder(lambda **_: path.append(torch.cat([trainables(model), own(trainer)])))
-    record.on_train_begin = lambda *_, **__: auxiliary.append(own(trainer).clone())
+    record = Recorder(lambda **_: path.append(torch.cat([trainables(model), added(trainer)])))
+    record.on_train_begin = lambda *_, **__: auxiliary.append(added(trainer).clone())
     trainer.add_callback(record)
     twin = lora_mlp(start)
     trainer.train()
@@ -132,7 +127,7 @@ def test_the_loss_scale_does_not_change_the_trajectory(name, tmp_path):
     for scale in (1.0, 2.0**16):
         trainer, scaler = scaled_run(name, scale, tmp_path)
         trainer.train()
-        ends.append(torch.cat([trainables(trainer.model), own(trainer)]))
+        ends.append(torch.cat([trainables(trainer.model), added(trainer)]))
         assert scaler.get_scale() == scale
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-12)
     assert (trainables(trainer.model) - trainables(lora_mlp())).abs().max() > 1e-3
@@ -143,14 +138,14 @@ def test_the_loss_scale_does_not_change_the_trajectory(name, tmp_path):
 def test_an_overflow_skips_the_step_and_moves_nothing(name, step, tmp_path):
     model = lora_mlp()
     trainer, scaler = scaled_run(name, 2.0**10, tmp_path, model, max_steps=3)
-    path = [torch.cat([trainables(model), own(trainer)])]
+    path = [torch.cat([trainables(model), added(trainer)])]
 
     def explode(module, inputs, output):
         return output * (torch.inf if len(path) == step + 1 else 1.0)
 
     hook = model.base_model.model.norm.register_forward_hook(explode)
-    record = Recorder(lambda **_: path.append(torch.cat([trainables(model), own(trainer)])))
-    record.on_train_begin = lambda *_, **__: path.__setitem__(0, torch.cat([trainables(model), own(trainer)]))
+    record = Recorder(lambda **_: path.append(torch.cat([trainables(model), added(trainer)])))
+    record.on_train_begin = lambda *_, **__: path.__setitem__(0, torch.cat([trainables(model), added(trainer)]))
     trainer.add_callback(record)
     trainer.train()
     hook.remove()
@@ -165,7 +160,7 @@ def test_windows_of_8x1_4x2_and_2x4_agree(name, tmp_path):
     for micro, accumulate in ((8, 1), (4, 2), (2, 4)):
         sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulate}
         trainer = train(SharpTrainer, lora_mlp(), ROWS, tmp_path, method=METHODS[name](), **sizes)
-        runs.append(torch.cat([trainables(trainer.model), own(trainer)]))
+        runs.append(torch.cat([trainables(trainer.model), added(trainer)]))
     for other in runs[1:]:
         torch.testing.assert_close(other, runs[0], rtol=0, atol=1e-12)
 
@@ -178,7 +173,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bitwise(name, tmp_path):
     torch.manual_seed(99)
     again = build(SharpTrainer, llama(), causal_rows(24), tmp_path / "a", method=METHODS[name](), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
-    assert torch.equal(trainables(again.model), trainables(whole.model)) and torch.equal(own(again), own(whole))
+    assert torch.equal(trainables(again.model), trainables(whole.model)) and torch.equal(added(again), added(whole))
     assert same_state(again.method.state_dict(), whole.method.state_dict())
     assert exact_logs(again)[-2] == exact_logs(whole)[-2]
 
@@ -222,7 +217,7 @@ def test_a_zero_gradient_gives_no_nan(name, tmp_path):
 
     model = lora_mlp()
     trainer = train(SharpTrainer, model, ROWS, tmp_path, method=METHODS[name](), compute_loss_func=nothing)
-    assert torch.isfinite(torch.cat([trainables(model), own(trainer)])).all()
+    assert torch.isfinite(torch.cat([trainables(model), added(trainer)])).all()
 
 
 @every_method
@@ -236,7 +231,7 @@ def test_a_model_without_adapters_is_refused_with_the_way_out(name, tmp_path):
         build(SharpTrainer, tiny_mlp(), ROWS, tmp_path, method=METHODS[name]())
 
 
-# ---- the other doors
+# ---- the loop and the optimizer
 
 
 def loss_of(model, batch):

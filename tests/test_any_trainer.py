@@ -13,10 +13,10 @@ import torch
 from transformers import Seq2SeqTrainer, Trainer
 
 import hf_sharp
-from doors import train, weights
 from hf_sharp import SharpSeq2SeqTrainer, SharpTrainer, make_sharp, sam
 from hf_sharp._integrations.any_trainer import TRL
 from models import mlp_rows, tiny_mlp
+from training import train, weights
 
 ROOT = Path(__file__).parents[1]
 

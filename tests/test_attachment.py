@@ -1,4 +1,4 @@
-"""What a method may have in the optimizer, at every door: parameters of its own, and a call before each update."""
+"""What a method may have in the optimizer, in each integration: its own parameters, and a call before each update."""
 
 import copy
 import itertools
@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from doors import Recorder, arguments, build, train, weights
+from grad_scaler import Scaled
 from hf_sharp import Every, FirstPass, Method, Plain, SharpOptimizer, SharpStep, SharpTrainer, Sum, sam
 from models import mlp_rows, tiny_mlp, windows_of
 from references import flat
-from test_contract import Scaled
+from training import Recorder, arguments, build, train, weights
 
 ROWS = mlp_rows(48)
 WINDOWS = windows_of(ROWS, micro=4, accumulate=1)
@@ -81,8 +81,8 @@ def trainer_of(folder, model=None, **others):
     return build(SharpTrainer, model, ROWS, folder, **{"method": Offset(), **settings, **others})
 
 
-def own(door):
-    return door._attachment.parameters["offset"].detach().clone()
+def own(integration):
+    return integration._attachment.parameters["offset"].detach().clone()
 
 
 def own_of(trainer):
@@ -133,9 +133,9 @@ def test_the_loop_and_the_optimizer_do_the_same():
 
         closing.step(closure)
     expected, offset, _ = by_hand()[-1]
-    for ours, door in ((flat(model), sharp), (flat(closed), closing)):
+    for ours, integration in ((flat(model), sharp), (flat(closed), closing)):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
-        torch.testing.assert_close(own(door), offset, rtol=0, atol=1e-12)
+        torch.testing.assert_close(own(integration), offset, rtol=0, atol=1e-12)
 
 
 def test_the_model_and_what_is_saved_of_it_know_nothing(tmp_path):
@@ -210,6 +210,20 @@ def test_an_update_that_never_came_is_forgotten():
     before = flat(model)
     optimizer.step()
     assert torch.equal(flat(model), before)
+
+
+def test_an_optimizer_that_steps_twice_has_what_belongs_to_the_update_once():
+    accelerator = Accelerator(cpu=True)
+    model = tiny_mlp(seed=1)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    sharp = SharpStep(Offset(), prepared, optimizer, accelerator, lambda model, batch: model(**batch)["loss"])
+    head = model.head.weight.detach().clone()
+    for window in WINDOWS[:2]:
+        sharp.backward(window[0])
+        head = head * 0.9 + 0.01
+        for _ in range(2):
+            optimizer.step()
+            torch.testing.assert_close(model.head.weight.detach(), head, rtol=0, atol=1e-14)
 
 
 def test_windows_of_one_that_nobody_announced_add_up(tmp_path):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from doors import Recorder, build, train, weights
 from hf_sharp import SharpTrainer, WeightAveraging, sam
 from models import batch_of, mlp_rows, tiny_mlp
 from references import flat
+from training import Recorder, build, train, weights
 from unlearn_runs import tiny_gpt2, unlearn
 
 STEPS = 10

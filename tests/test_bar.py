@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from doors import build, train
 from hf_sharp import BAR, Linear, SharpTrainer, bar
 from models import causal_rows, mlp_rows, tiny_llama
 from peft_models import lora_llama, lora_mlp, peft, trainables, with_lora
+from training import build, train
 
 
 def imbalance(model):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import Trainer
 
-from doors import build
 from hf_sharp import SharpTrainer, sam
 from models import mlp_rows, tiny_mlp, windows_of
 from references import flat
+from training import build
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

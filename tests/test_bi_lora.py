@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from doors import Recorder, build, train
 from hf_sharp import BiLoRA, Constant, Every, FlatLoRA, Linear, SharpTrainer, bi_lora
 from hf_sharp._adapters.bi_lora import Joined, JointLinear, clip_, joined
 from hf_sharp._adapters.lora import lora_linears
 from models import batch_of, causal_rows, mlp_rows, seeded, tiny_bert, tiny_llama
-from peft_models import frozen, lora_llama, lora_mlp, peft, trainables, with_lora
-from test_adapters import own
+from peft_models import added, frozen, lora_llama, lora_mlp, peft, trainables, with_lora
+from training import Recorder, build, train
 
 ROWS = causal_rows(40)
 BATCH = batch_of(ROWS[:4])
@@ -161,7 +160,7 @@ def test_weight_decay_and_clipping_pass_it_by(tmp_path):
     ends = []
     for settings in ({}, {"weight_decay": 10.0, "max_grad_norm": 1e-9}):
         settings = {"method": METHOD, "max_steps": 1, "learning_rate": 0.05, "optim": "adamw_torch", **settings}
-        ends.append(own(train(SharpTrainer, lora_mlp(), mlp_rows(8), tmp_path, **settings)))
+        ends.append(added(train(SharpTrainer, lora_mlp(), mlp_rows(8), tmp_path, **settings)))
     assert torch.equal(*ends)
 
 
@@ -182,7 +181,7 @@ def test_evaluation_in_the_middle_of_training_does_not_see_it(tmp_path):
         seen.append(torch.equal(model.generate(input_ids=prompt, **tokens), twin.generate(input_ids=prompt, **tokens)))
 
     trainer = half_way(tmp_path, model, look, eval_strategy="steps", eval_steps=1, eval_dataset=ROWS[:8])
-    assert seen == [True] * 4 and own(trainer).norm() > 0.1
+    assert seen == [True] * 4 and added(trainer).norm() > 0.1
     twin = twin_of(model).eval()
     last = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line][-1]
     with torch.no_grad():
@@ -194,7 +193,7 @@ def test_switching_modes_in_a_callback_changes_nothing(tmp_path):
     first, second = llama(), llama()
     one = half_way(tmp_path, first, lambda: first.eval())
     other = half_way(tmp_path, second, lambda: None)
-    assert torch.equal(trainables(first), trainables(second)) and torch.equal(own(one), own(other))
+    assert torch.equal(trainables(first), trainables(second)) and torch.equal(added(one), added(other))
 
 
 def test_what_is_saved_is_the_adapter(tmp_path):
@@ -219,7 +218,7 @@ def test_what_is_saved_is_the_adapter(tmp_path):
 def test_merging_gives_the_model_without_the_auxiliary(tmp_path):
     model = llama()
     trainer = half_way(tmp_path, model, lambda: None)
-    assert own(trainer).norm() > 0.1
+    assert added(trainer).norm() > 0.1
     apart = logits(model.eval())
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), apart, rtol=0, atol=1e-6)
@@ -291,7 +290,7 @@ def test_gradient_checkpointing_gives_the_same(reentrant, tmp_path):
             settings["activation_checkpointing_kwargs"] = {"use_reentrant": reentrant}
             model.enable_input_require_grads()
         trainer = train(SharpTrainer, model, ROWS, tmp_path, method=METHOD, learning_rate=1e-3, **settings)
-        ends.append(torch.cat([trainables(model), own(trainer)]))
+        ends.append(torch.cat([trainables(model), added(trainer)]))
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)  # float32, other order of operations
 
 
@@ -304,8 +303,8 @@ def test_16_bit_base_weights(precise, tmp_path):
                 parameter.data = parameter.data.float()
     before = frozen(model)
     trainer = train(SharpTrainer, model, ROWS, tmp_path, method=METHOD, learning_rate=1e-2)
-    assert torch.equal(frozen(model), before) and own(trainer).dtype == torch.float32
-    assert own(trainer).norm() > 0.1 and torch.isfinite(trainables(model)).all()
+    assert torch.equal(frozen(model), before) and added(trainer).dtype == torch.float32
+    assert added(trainer).norm() > 0.1 and torch.isfinite(trainables(model)).all()
 
 
 def test_gpt2s_transposed_weights(tmp_path):
@@ -314,7 +313,7 @@ def test_gpt2s_transposed_weights(tmp_path):
         gpt = GPT2LMHeadModel(config)
     model = with_lora(gpt, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     trainer = train(SharpTrainer, model, ROWS, tmp_path, method=METHOD, learning_rate=1e-2)
-    assert own(trainer).norm() > 0.1 and len(trainer._sharp_host.added) == 8
+    assert added(trainer).norm() > 0.1 and len(trainer._sharp_host.added) == 8
 
 
 def test_biases_rank_stabilisation_and_a_head_beside_the_adapter(tmp_path):

@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from doors import build, weights
 from hf_sharp import SharpTrainer, fsam, last_complete_checkpoint
-from models import text_rows
-from test_contract import bert
+from models import mean_bert, text_rows
+from training import build, weights
 
 ORDER = ["config.json", "model.safetensors", "training_args.bin", "sharp_config.json", "optimizer.pt", "scheduler.pt"]
 ORDER += ["sharp_state.safetensors", "rng_state.pth", "trainer_state.json"]
@@ -19,7 +18,7 @@ ORDER += ["sharp_state.safetensors", "rng_state.pth", "trainer_state.json"]
 
 def trainer_in(folder):
     settings = {"max_steps": 6, "save_steps": 2, "save_strategy": "steps", "train_sampling_strategy": "random"}
-    return build(SharpTrainer, bert(), text_rows(24), folder, method=fsam(0.1, every=3), **settings)
+    return build(SharpTrainer, mean_bert(), text_rows(24), folder, method=fsam(0.1, every=3), **settings)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cases import METHODS, MOVING
-from doors import Recorder, build, train, weights
+from cases import METHODS, MOVING, rows_for
 from hf_sharp import SharpStep, SharpTrainer, fsam, gam, plain, sam, sam_on
 from models import mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
 from references import flat
-from test_contract import data
+from training import Recorder, build, train, weights
 
 SETTINGS = {
     "sam": lambda: sam(0.1),
@@ -60,7 +59,7 @@ def test_a_compiled_model_in_a_loop_is_compiled_as_often_as_without_a_method(nam
 @pytest.mark.parametrize("name", MOVING)
 def test_the_weights_stay_where_they_are_in_memory_while_they_are_shifted(name, tmp_path):
     model = tiny_mlp(seed=1)
-    trainer = build(SharpTrainer, model, data(name, mlp_rows(40)), tmp_path, method=METHODS[name].method())
+    trainer = build(SharpTrainer, model, rows_for(name, mlp_rows(40)), tmp_path, method=METHODS[name].method())
     places, path, shifted = [p.data_ptr() for p in model.parameters()], [weights(trainer)], []
 
     def look(*_):

@@ -1,4 +1,4 @@
-"""Every method, every promise of the contract, through the Trainer door. There is no exception list."""
+"""Every method, every promise of the contract, through the Trainer. There is no exception list."""
 
 import itertools
 
@@ -7,34 +7,15 @@ import torch
 from transformers import Trainer
 
 import hf_sharp
-from cases import METHODS, MOVING
-from doors import Recorder, Tripwire, build, train, weights
+from cases import METHODS, MOVING, rows_for
+from grad_scaler import Scaled
 from hf_sharp import Landscape, SharpTrainer
-from models import mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
+from models import mean_bert, mlp_rows, text_rows, tiny_mlp, windows_of
 from references import adamw, entrywise, functional, linear_decay, sgd, trajectory
-
-
-def data(name, rows):
-    """The rows that a method is trained on: as they are, or a few of them again and again, with their numbers."""
-    if not METHODS[name].visits:
-        return rows
-    few = rows[:8]
-    return [{**few[i % 8], "sample_index": torch.tensor(i % 8)} for i in range(len(rows))]
-
+from training import Recorder, Tripwire, build, exact_logs, same_state, train, weights
 
 every_method = pytest.mark.parametrize("name", METHODS)
 every_moving = pytest.mark.parametrize("name", MOVING)
-
-
-def bert():
-    model = tiny_bert(dropout=0.1)
-    model.accepts_loss_kwargs = False
-    return model
-
-
-def exact_logs(trainer):
-    skip = ("runtime", "per_second", "flos", "sharp_")
-    return [{k: v for k, v in line.items() if not any(s in k for s in skip)} for line in trainer.state.log_history]
 
 
 # 1 ---- weights are restored bitwise, also when a pass raises
@@ -56,12 +37,6 @@ class Probe:
         self.states.append(self.trainer.method.state_dict())
 
 
-def same_state(mine, other):
-    return mine.keys() == other.keys() and all(
-        torch.equal(torch.as_tensor(mine[k]), torch.as_tensor(other[k])) for k in mine
-    )
-
-
 @every_moving
 @pytest.mark.parametrize(
     "error",
@@ -74,7 +49,7 @@ def test_an_exception_in_a_shifted_pass_leaves_nothing_behind(name, error, tmp_p
         return build(
             SharpTrainer,
             tiny_mlp(dropout=0.3),
-            data(name, mlp_rows(40)),
+            rows_for(name, mlp_rows(40)),
             tmp_path,
             method=METHODS[name].method(),
             **settings,
@@ -106,21 +81,21 @@ def test_strength_zero_is_the_trainer_bitwise(name, accumulate, logging_steps, t
     w, stream, logs = of_six_steps(name, accumulate, logging_steps, tmp_path)
     options = {"method": METHODS[name].method(0.0)}
     our_w, our_stream, our_logs = six_steps(
-        SharpTrainer, data(name, text_rows(64)), accumulate, logging_steps, tmp_path, **options
+        SharpTrainer, rows_for(name, text_rows(64)), accumulate, logging_steps, tmp_path, **options
     )
     assert torch.equal(our_w, w) and torch.equal(our_stream, stream) and our_logs == logs
 
 
 def six_steps(cls, rows, accumulate, logging_steps, folder, **options):
     steps = {"gradient_accumulation_steps": accumulate, "logging_steps": logging_steps, "max_steps": 6}
-    trainer = train(cls, bert(), rows, folder, per_device_train_batch_size=2, **steps, **options)
+    trainer = train(cls, mean_bert(), rows, folder, per_device_train_batch_size=2, **steps, **options)
     return weights(trainer), torch.get_rng_state(), exact_logs(trainer)
 
 
 def of_six_steps(name, accumulate, logging_steps, folder, known={}):  # noqa: B006  one baseline for all methods
     key = (METHODS[name].visits, accumulate, logging_steps)
     if key not in known:
-        known[key] = six_steps(Trainer, data(name, text_rows(64)), accumulate, logging_steps, folder)
+        known[key] = six_steps(Trainer, rows_for(name, text_rows(64)), accumulate, logging_steps, folder)
     return known[key]
 
 
@@ -131,7 +106,9 @@ def of_six_steps(name, accumulate, logging_steps, folder, known={}):  # noqa: B0
 def test_the_host_keeps_its_optimizer_precision_and_clipping(settings, method, tmp_path):
     results = []
     for cls, options in ((Trainer, {}), (SharpTrainer, {"method": method})):
-        trainer = train(cls, bert(), text_rows(32), tmp_path, gradient_accumulation_steps=2, **settings, **options)
+        trainer = train(
+            cls, mean_bert(), text_rows(32), tmp_path, gradient_accumulation_steps=2, **settings, **options
+        )
         results.append((weights(trainer), torch.get_rng_state(), exact_logs(trainer)))
     (w, stream, logs), (our_w, our_stream, our_logs) = results
     assert torch.equal(our_w, w) and torch.equal(our_stream, stream) and our_logs == logs
@@ -160,7 +137,7 @@ def optimizer_and_reference(kind, groups, model, layout):
 @every_method
 @pytest.mark.parametrize("kind, groups", list(itertools.product(("sgd", "adamw"), (1, 2))))
 def test_five_steps_are_the_references(name, kind, groups, tmp_path):
-    case, model, rows = METHODS[name], tiny_mlp(seed=1), data(name, mlp_rows(40))
+    case, model, rows = METHODS[name], tiny_mlp(seed=1), rows_for(name, mlp_rows(40))
     w0, layout, loss_of = functional(model)
 
     def loss_fn(w, batch):
@@ -210,43 +187,10 @@ def trajectory_of_plain(loss_fn, w0, rows, optimizer, layout):
 # 4 ---- the loss scale does not matter
 
 
-class Scaled:
-    """Puts a CPU GradScaler where the Trainer would have a CUDA one (with use_cpu, fp16 gives none, silently)."""
-
-    def __init__(self, scale):
-        self.scale = scale
-
-    def __call__(self, trainer):
-        prepare = trainer.accelerator.prepare
-        trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=self.scale, growth_interval=1000)
-
-        def prepared(*objects, **kwargs):
-            out = prepare(*objects, **kwargs)
-            for thing in out if isinstance(out, tuple) else (out,):
-                if hasattr(thing, "step_was_skipped"):
-                    thing.scaler = scaler
-                    thing._accelerate_step_called = False
-                    thing._optimizer_original_step_method = thing.optimizer.step
-                    thing._optimizer_patched_step_method = patched(thing, thing.optimizer.step)
-            return out
-
-        trainer.accelerator.prepare = prepared
-        trainer.accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.optimizer.optimizer)
-        return scaler
-
-
-def patched(optimizer, method):
-    def step(*args, **kwargs):
-        optimizer._accelerate_step_called = True
-        return method(*args, **kwargs)
-
-    return step
-
-
 def scaled_run(name, scale, tmp_path, **hooks):
     model = tiny_mlp(seed=1)
     settings = {"method": METHODS[name].method(), "optimizers": (momentum_sgd(model), None), **hooks}
-    trainer = build(SharpTrainer, model, data(name, mlp_rows(40)), tmp_path, **settings)
+    trainer = build(SharpTrainer, model, rows_for(name, mlp_rows(40)), tmp_path, **settings)
     scaler = Scaled(scale)(trainer)
     trainer.train()
     return trainer, scaler
@@ -262,7 +206,7 @@ def test_the_loss_scale_does_not_change_the_trajectory(name, tmp_path):
     many, scaler = scaled_run(name, 2.0**16, tmp_path)
     model = tiny_mlp(seed=1)
     settings = {"method": METHODS[name].method(), "optimizers": (momentum_sgd(model), None)}
-    unscaled = train(SharpTrainer, model, data(name, mlp_rows(40)), tmp_path, **settings)
+    unscaled = train(SharpTrainer, model, rows_for(name, mlp_rows(40)), tmp_path, **settings)
     assert scaler.get_scale() == 2.0**16
     torch.testing.assert_close(weights(many), weights(one), rtol=0, atol=1e-12)
     torch.testing.assert_close(weights(many), weights(unscaled), rtol=0, atol=1e-12)
@@ -283,7 +227,7 @@ def test_windows_of_8x1_4x2_and_2x4_agree(name, tmp_path):
                 train(
                     SharpTrainer,
                     tiny_mlp(),
-                    data(name, mlp_rows(40)),
+                    rows_for(name, mlp_rows(40)),
                     tmp_path,
                     method=METHODS[name].method(),
                     **sizes,
@@ -302,11 +246,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bitwise(name, tmp_path):
     settings = {"max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 3, "save_strategy": "steps"}
     settings |= {"train_sampling_strategy": "random", "per_device_train_batch_size": 2}
     whole = train(
-        SharpTrainer, bert(), data(name, text_rows(24)), tmp_path / "a", method=METHODS[name].method(), **settings
+        SharpTrainer,
+        mean_bert(),
+        rows_for(name, text_rows(24)),
+        tmp_path / "a",
+        method=METHODS[name].method(),
+        **settings,
     )
     torch.manual_seed(99)
     again = build(
-        SharpTrainer, bert(), data(name, text_rows(24)), tmp_path / "a", method=METHODS[name].method(), **settings
+        SharpTrainer,
+        mean_bert(),
+        rows_for(name, text_rows(24)),
+        tmp_path / "a",
+        method=METHODS[name].method(),
+        **settings,
     )
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert torch.equal(weights(again), weights(whole))
@@ -328,7 +282,7 @@ def test_passes_are_what_the_cost_declares(name, accumulate, tmp_path):
 
     model.register_forward_pre_hook(count, with_kwargs=True)
     settings = {"max_steps": case.steps, "gradient_accumulation_steps": accumulate}
-    trainer = train(SharpTrainer, model, data(name, mlp_rows(80)), tmp_path, method=case.method(), **settings)
+    trainer = train(SharpTrainer, model, rows_for(name, mlp_rows(80)), tmp_path, method=case.method(), **settings)
     made = sum(passes) / accumulate / case.steps
     assert made == pytest.approx(trainer.method.cost, rel=1e-9, abs=case.spread)
     logged = [line["sharp_evaluations"] for line in trainer.state.log_history if "sharp_evaluations" in line]
@@ -345,7 +299,7 @@ def test_what_moves_is_what_the_start_announces(name, tmp_path, monkeypatch):
         return shifted(landscape, epsilon)
 
     monkeypatch.setattr(Landscape, "shifted", watched)
-    trainer = train(SharpTrainer, tiny_mlp(), data(name, mlp_rows(40)), tmp_path, method=METHODS[name].method())
+    trainer = train(SharpTrainer, tiny_mlp(), rows_for(name, mlp_rows(40)), tmp_path, method=METHODS[name].method())
     assert moved == set(trainer.method.perturbed(Landscape(trainer._sharp_host)))
     assert bool(moved) == METHODS[name].moves
 
@@ -365,7 +319,7 @@ def test_frozen_and_unused_parameters_keep_no_gradient(name, tmp_path):
     train(
         SharpTrainer,
         model,
-        data(name, mlp_rows(40)),
+        rows_for(name, mlp_rows(40)),
         tmp_path,
         method=METHODS[name].method(),
         callbacks=[Recorder(before=look)],
@@ -392,7 +346,7 @@ def test_batch_norm_moves_once_with_the_hosts_own_pass(name, momentum, tmp_path)
 
     model.register_forward_pre_hook(look, with_kwargs=True)
     settings = {"max_steps": 1, "gradient_accumulation_steps": 3, "learning_rate": 0.0}
-    train(SharpTrainer, model, data(name, mlp_rows(12)), tmp_path, method=METHODS[name].method(), **settings)
+    train(SharpTrainer, model, rows_for(name, mlp_rows(12)), tmp_path, method=METHODS[name].method(), **settings)
     assert model.norm.num_batches_tracked == 3
 
     def replayed(passes):
@@ -427,7 +381,7 @@ def test_a_zero_gradient_gives_no_nan(name, tmp_path):
     trainer = train(
         SharpTrainer,
         model,
-        data(name, mlp_rows(40)),
+        rows_for(name, mlp_rows(40)),
         tmp_path,
         method=METHODS[name].method(),
         compute_loss_func=nothing,
@@ -443,7 +397,7 @@ def test_an_infinite_gradient_in_any_pass_skips_the_step_and_loses_nothing(name,
     which = min(which, passes_in_two_steps(name, tmp_path))
     model, calls, when = tiny_mlp(seed=1), [], []
     settings = {"method": METHODS[name].method(), "optimizers": (momentum_sgd(model), None), "max_steps": 2}
-    trainer = build(SharpTrainer, model, data(name, mlp_rows(40)), tmp_path, **settings)
+    trainer = build(SharpTrainer, model, rows_for(name, mlp_rows(40)), tmp_path, **settings)
     scaler = Scaled(2.0**10)(trainer)
 
     def explode(outputs, labels, num_items_in_batch=None):
@@ -482,7 +436,9 @@ def passes_in_two_steps(name, folder):
 
     model = tiny_mlp(seed=1)
     settings = {"method": METHODS[name].method(), "compute_loss_func": count, "max_steps": 2}
-    train(SharpTrainer, model, data(name, mlp_rows(40)), folder, optimizers=(momentum_sgd(model), None), **settings)
+    train(
+        SharpTrainer, model, rows_for(name, mlp_rows(40)), folder, optimizers=(momentum_sgd(model), None), **settings
+    )
     return len(calls)
 
 

@@ -17,11 +17,11 @@ from datasets import Dataset
 from transformers import get_linear_schedule_with_warmup
 
 import hf_sharp
-from doors import arguments, train, weights
 from hf_sharp import Method, Perturbation, SharpTrainer, evaluation, sam, unlearning
 from hf_sharp.recipes.tasks.domains import byte_tokenizer
 from models import batch_of, mlp_rows, text_rows, tiny_bert, tiny_llama, tiny_mlp
 from pages import DOCS, NEEDS, ROOT, anchors, broken, pages, parts, placed
+from training import arguments, train, weights
 
 REFERENCE = {page: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("reference*.md"))}
 NAMED = {page.stem: re.findall(r"^::: (hf_sharp\S*)$", text, flags=re.MULTILINE) for page, text in REFERENCE.items()}

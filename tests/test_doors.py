@@ -10,7 +10,6 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 
 from cases import METHODS
-from doors import train, weights
 from hf_sharp import (
     MSAM,
     SAM,
@@ -31,6 +30,7 @@ from hf_sharp import (
 from hf_sharp._integrations.refusals import refuse_accelerator
 from models import batch_of, mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
 from references import flat
+from training import train, weights
 
 ROWS = mlp_rows(48)
 

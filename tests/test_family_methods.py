@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file
 
 import family
-from doors import Recorder, build, train, weights
 from hf_sharp import (
     GAM,
     GSAM,
@@ -40,6 +39,7 @@ from hf_sharp import (
 from models import batch_of, mlp_rows, tiny_bert, tiny_mlp, windows_of
 from references import functional
 from toy import ToyHost, flat
+from training import Recorder, build, train, weights
 
 
 def gradient(method, model, window, **settings):

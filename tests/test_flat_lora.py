@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from doors import Recorder, build, train
 from hf_sharp import Constant, Cosine, FlatLoRA, SharpTrainer, flat_lora
 from models import causal_rows, mlp_rows, seeded, tiny_llama
 from peft_models import frozen, lora_llama, lora_mlp, with_lora
+from training import Recorder, build, train
 
 ROWS = causal_rows(40)
 METHOD = FlatLoRA(sigma=0.1)

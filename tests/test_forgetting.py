@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import Trainer
 
-from doors import arguments, train
 from hf_sharp import SharpTrainer, sam
 from hf_sharp.recipes import report
 from hf_sharp.recipes.report.memory import LiveTensors, PeakMemory
 from models import mlp_rows, text_rows, tiny_bert, tiny_mlp
+from training import arguments, train
 
 PLACES = ["new", "old"]
 

@@ -169,6 +169,14 @@ def test_recipes_are_flat(path):
         assert not any(part.startswith("_") for part in name.split(".") if name != "__future__"), name
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_what_tests_share_is_a_helper(path):
+    """No test file is imported by another: what two of them need lives in tests/helpers, and says what it is for."""
+    source = path.read_text(encoding="utf-8")
+    assert not [name for name in imported(source, KNOWN) if name.rpartition(".")[2].startswith("test_")]
+    assert path.parent.name != "helpers" or ast.get_docstring(ast.parse(source))
+
+
 BROKEN = {
     "a method that knows the Trainer": ("_methods.sam", "from transformers import Trainer"),
     "inside a function": ("_methods.sam", "def f():\n    import accelerate"),

@@ -1,11 +1,7 @@
 """What a step keeps alive: one copy of what moves, nothing beside it, also where metrics are measured."""
 
-import gc
-
 import pytest
-from transformers import Trainer, TrainerCallback
 
-from doors import build
 from hf_sharp import (
     SharpTrainer,
     asam,
@@ -24,39 +20,18 @@ from hf_sharp import (
     vasso,
     wsam,
 )
-from hf_sharp.recipes.report import LiveTensors
+from memory import peak_bytes
 from models import text_rows, tiny_bert
-
-
-class Watch(TrainerCallback):
-    def __init__(self, live):
-        self.live = live
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 1:  # the optimizer has its moments now
-            self.live.peak = self.live.now
+from training import build
 
 
 def peak(tmp_path, method, logging_steps=100):
     """Peak of steps 2 to 4 in copies of the trainables; most of the model is one tensor, and one row hides nothing."""
-    gc.collect()
     model = tiny_bert(dropout=0.0, hidden_size=64, intermediate_size=128, vocab_size=5000, max_position_embeddings=64)
     model.accepts_loss_kwargs = False
-    live = LiveTensors()
-    cls = Trainer if method is None else SharpTrainer
-    own = {} if method is None else {"method": method}
-    settings = {
-        "per_device_train_batch_size": 1,
-        "max_steps": 4,
-        "logging_steps": logging_steps,
-        "optim": "adamw_torch_fused",
-    }
-    trainer = build(cls, model, text_rows(8), tmp_path, callbacks=[Watch(live)], **settings, **own)
-    with live:
-        for parameter in model.parameters():
-            live.track(parameter)
-        trainer.train()
-    return live.peak / sum(4 * p.numel() for p in model.parameters())
+    return peak_bytes(model, method, text_rows(8), tmp_path, logging_steps) / sum(
+        4 * p.numel() for p in model.parameters()
+    )
 
 
 PART = 65_536 / 446_659  # temporaries are parts of a tensor; in copies of this small model they are large

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-import unlearning
+import unlearning_references as loops
 from hf_sharp import DPO, IDK, NPO, RMU, GradientAscent, GradientDifference, SimNPO
 from hf_sharp.unlearning._objectives import Models
 from hf_sharp.unlearning._objectives.names import OBJECTIVES, options_of, read_objective
@@ -53,13 +53,13 @@ def batch(left=False):
 
 
 CASES = {
-    "gradient_ascent": (GradientAscent(), unlearning.ascent, {}),
-    "bounded": (GradientAscent(max_nll=2.6), unlearning.ascent, {"max_nll": 2.6}),
-    "gradient_difference": (GradientDifference(), unlearning.ascent, {}),
-    "npo": (NPO(beta=0.3), unlearning.npo, {"beta": 0.3}),
-    "simnpo": (SimNPO(beta=2.5, gamma=0.7), unlearning.simnpo, {"beta": 2.5, "gamma": 0.7}),
-    "dpo": (DPO(beta=0.2), unlearning.dpo, {"beta": 0.2}),
-    "idk": (IDK(), unlearning.idk, {}),
+    "gradient_ascent": (GradientAscent(), loops.ascent, {}),
+    "bounded": (GradientAscent(max_nll=2.6), loops.ascent, {"max_nll": 2.6}),
+    "gradient_difference": (GradientDifference(), loops.ascent, {}),
+    "npo": (NPO(beta=0.3), loops.npo, {"beta": 0.3}),
+    "simnpo": (SimNPO(beta=2.5, gamma=0.7), loops.simnpo, {"beta": 2.5, "gamma": 0.7}),
+    "dpo": (DPO(beta=0.2), loops.dpo, {"beta": 0.2}),
+    "idk": (IDK(), loops.idk, {}),
 }
 
 
@@ -79,7 +79,7 @@ def test_the_forget_term_is_the_papers(name, left):
     loss = value(objective.terms["forget"], batch(left), models)
     loss.backward()
     table = model.blocks[0].weight
-    expected, gradient = unlearning.mean(rule, table, models.frozen.blocks[0].weight, batch(left), **settings)
+    expected, gradient = loops.mean(rule, table, models.frozen.blocks[0].weight, batch(left), **settings)
     assert loss.item() == pytest.approx(expected, abs=1e-10)
     torch.testing.assert_close(table.grad, gradient, rtol=0, atol=1e-10)
     assert gradient.abs().max() > 1e-3
@@ -88,7 +88,7 @@ def test_the_forget_term_is_the_papers(name, left):
 def test_the_bound_cuts_some_rows_and_not_all():
     """Else the case above would prove nothing about it."""
     table, part = Bigram(1).blocks[0].weight.tolist(), batch()
-    means = [n / max(count, 1) for n, count, _ in (unlearning.likelihood(table, part, row) for row in (0, 1, 3))]
+    means = [n / max(count, 1) for n, count, _ in (loops.likelihood(table, part, row) for row in (0, 1, 3))]
     assert min(means) < 2.6 < max(means)
 
 
@@ -99,8 +99,8 @@ def test_the_retain_term_is_fine_tuning_or_the_references_distribution(name, ret
     model, models = pair()
     loss = value(objective.terms["retain"], batch(), models)
     loss.backward()
-    table, rule = model.blocks[0].weight, getattr(unlearning, retain)
-    expected, gradient = unlearning.mean(rule, table, models.frozen.blocks[0].weight, batch())
+    table, rule = model.blocks[0].weight, getattr(loops, retain)
+    expected, gradient = loops.mean(rule, table, models.frozen.blocks[0].weight, batch())
     assert loss.item() == pytest.approx(expected, abs=1e-10)
     torch.testing.assert_close(table.grad, gradient, rtol=0, atol=1e-10)
     assert objective.weights == {"forget": 1.0, "retain": 3.0}
@@ -187,7 +187,7 @@ def test_npo_is_what_it_is_known_to_be():
 
     loss, at_start = gradient(NPO(beta=0.5).terms["forget"])
     assert loss == pytest.approx(2 / 0.5 * torch.log(torch.tensor(2.0, dtype=torch.float64)).item())
-    tokens = sum(len(unlearning.predictions(part, row)) for row in range(4))
+    tokens = sum(len(loops.predictions(part, row)) for row in range(4))
     ascent = gradient(GradientAscent().terms["forget"])[1] * tokens / 3  # over tokens there, over three rows here
     torch.testing.assert_close(at_start, ascent, rtol=0, atol=1e-12)
     models.frozen.load_state_dict(Bigram(2).state_dict())

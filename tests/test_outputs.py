@@ -20,13 +20,14 @@ from transformers import (
 )
 
 import family_outputs
-from doors import build, train, weights
 from hf_sharp import Constant, Landscape, SharpConfig, SharpTrainer, make_sharp, mesa, msam, plain, saf, sam, tram
 from hf_sharp._integrations.labels import shifts_labels
 from hf_sharp._perturbation.noise import noisy_inputs
 from hf_sharp._tensors.divergences import kl_sum, positions
 from models import batch_of, causal_rows, mlp_rows, seeded, text_rows, tiny_bert, tiny_llama, tiny_mlp, windows_of
 from references import functional, sgd, trajectory
+from toy import ToyHost, opened
+from training import build, train, weights
 
 SIZES = {"vocab_size": 32, "d_model": 16}
 
@@ -89,6 +90,27 @@ def test_several_embedded_rows_a_sample_have_their_own_noise(tmp_path):
         runs.append(weights(train(SharpTrainer, model, rows, tmp_path, method=tram("noise", sigma=0.5), **sizes)))
     for other in runs[1:]:
         torch.testing.assert_close(other, runs[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_of_two_ranks_draws_the_noise_of_its_own_rows(rank, monkeypatch):
+    """Rows 0, 1 and 4, 5 of a window of two micro-batches are on rank 0, rows 2, 3 and 6, 7 on rank 1."""
+
+    def noisy(window):
+        model, seen = tiny_mlp(), []
+        landscape, _ = opened(model, window)
+        landscape.evaluate()
+        model.hidden.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+        with noisy_inputs(landscape, 0.5):
+            landscape.evaluate()
+        return torch.cat(seen)
+
+    rows = mlp_rows(1) * 8  # all alike, so that the noise alone tells them apart
+    whole = noisy([batch_of(rows[:4])] * 2)
+    monkeypatch.setattr(ToyHost, "rank", rank)
+    monkeypatch.setattr(ToyHost, "ranks", 2)
+    assert torch.equal(noisy([batch_of(rows[:2])] * 2), whole[[2 * rank, 2 * rank + 1, 2 * rank + 4, 2 * rank + 5]])
+    assert len({tuple(row.tolist()) for row in whole}) == 8
 
 
 def test_which_labels_are_shifted():

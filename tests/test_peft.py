@@ -1,4 +1,4 @@
-"""SAM on models with adapters, at every door: only the trainables are touched, and move as in textbook SAM."""
+"""SAM on models with adapters, in every integration: only the trainables are touched, and move as in textbook SAM."""
 
 import warnings
 
@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from doors import build, train
 from hf_sharp import SharpOptimizer, SharpStep, SharpTrainer, asam, sam
 from models import causal_rows, mlp_rows, seeded, text_rows, tiny_bert, tiny_llama, tiny_mlp, windows_of
 from peft_models import frozen, lora_llama, lora_mlp, peft, trainables, with_lora
 from references import asam as reference_asam
 from references import functional, sgd, trajectory
 from references import sam as reference_sam
+from training import build, train
 
 
 @pytest.fixture(autouse=True)
@@ -104,17 +104,17 @@ def by_closure(model, rows, method):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_sam_is_textbook_sam_on_the_trainables_at_every_door(name, tmp_path):
+def test_sam_is_textbook_sam_on_the_trainables_in_every_integration(name, tmp_path):
     model, rows = ADAPTERS[name](), rows_for(name)
     assert trainables(model).numel() == SIZES.get(name, 50) and trainables(model).dtype == torch.float64
     started, base, flags = trainables(model), frozen(model), [p.requires_grad for p in model.parameters()]
     goal = expected(model, rows, reference_sam, rho=0.1)
-    doors = {"trainer": lambda m: by_trainer(m, rows, sam(0.1), tmp_path)}
-    doors |= {"loop": lambda m: by_loop(m, rows, sam(0.1)), "optimizer": lambda m: by_closure(m, rows, sam(0.1))}
-    for door, run in doors.items():
+    runs = {"trainer": lambda m: by_trainer(m, rows, sam(0.1), tmp_path)}
+    runs |= {"loop": lambda m: by_loop(m, rows, sam(0.1)), "optimizer": lambda m: by_closure(m, rows, sam(0.1))}
+    for integration, run in runs.items():
         model = ADAPTERS[name]().train()
         run(model)
-        assert (trainables(model) - goal).abs().max() < 1e-10, door
+        assert (trainables(model) - goal).abs().max() < 1e-10, integration
         assert torch.equal(frozen(model), base) and [p.requires_grad for p in model.parameters()] == flags
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     plain = expected(ADAPTERS[name](), rows, lambda grad_fn, w, *_, **__: grad_fn(w))

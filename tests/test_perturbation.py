@@ -14,6 +14,7 @@ from hf_sharp import (
     AdaptiveBall,
     ByName,
     Cosine,
+    Every,
     FisherBall,
     FisherMask,
     FollowsLearningRate,
@@ -23,13 +24,16 @@ from hf_sharp import (
     ParamVector,
     Perturbation,
     RandomMask,
+    SharpTrainer,
     ZeroDuringWarmup,
+    fsam,
 )
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._perturbation.entry_masks import largest
 from models import mlp_rows, tiny_bert, tiny_mlp, windows_of
 from references import functional, window_gradient
 from toy import ToyHost, flat, opened
+from training import Recorder, build
 
 WINDOW = windows_of(mlp_rows(8), micro=8, accumulate=1)[0]
 
@@ -199,6 +203,17 @@ def test_the_fisher_mask_keeps_its_support_between_refreshes_and_refresh_steps_p
     assert not torch.equal(supports[0], supports[3]) and not torch.equal(supports[3], supports[6])
     for first, second in ((0, 1), (1, 2), (3, 4), (4, 5)):
         assert (supports[second] & ~supports[first]).sum() == 0
+
+
+def test_a_mask_in_a_step_now_and_then_is_drawn_anew_once_it_is_old(tmp_path):
+    """Used at steps 0, 3 and 6 only, a mask of two steps is old each time, though 2 does not divide 3."""
+    method, refreshed = Every(3, fsam(every=2)), []
+    trainer = build(SharpTrainer, tiny_mlp(), mlp_rows(28), tmp_path, max_steps=7, method=method)
+    trainer.add_callback(
+        Recorder(lambda **_: refreshed.extend(v for k, v in method.state_dict().items() if "refreshed" in k))
+    )
+    trainer.train()
+    assert refreshed == [0, 0, 0, 3, 3, 3, 6]
 
 
 def test_renormalising_gives_the_full_radius():

@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from doors import build, train
 from hf_sharp import SharpTrainer, bar, bi_lora, flat_lora, sam
 from models import batch_of, causal_rows, tiny_llama
-from peft_models import peft, trainables, with_lora
-from test_adapters import own
+from peft_models import added, peft, trainables, with_lora
+from training import build, train
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
@@ -56,7 +55,7 @@ def test_adapters_train_and_the_base_stays(method, quantised, tmp_path):
         assert torch.isfinite(ends[-1]).all() and not torch.equal(ends[-1], started)
     assert not torch.equal(*ends)
     if method == bi_lora(1.0):
-        assert own(trainer).norm() > 0.1
+        assert added(trainer).norm() > 0.1
 
 
 def test_the_auxiliary_is_in_the_passes_and_gone_outside(quantised, tmp_path):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from doors import train, weights
 from hf_sharp import SharpTrainer, sam
 from models import mlp_rows, tiny_mlp
+from training import train, weights
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import Trainer
 
-from doors import train, weights
 from hf_sharp import SharpTrainer, fsam, make_sharp, sam
 from hf_sharp._engine.state import ForwardState
 from hf_sharp._engine.walk import LARGEST
 from models import mlp_rows, tiny_mlp
+from training import train, weights
 
 
 def kept(owner, **settings):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from doors import build, train, weights
 from hf_sharp import Landscape, ParamVector, SharpTrainer, sam
 from hf_sharp._engine.rounding import cast_by_autocast, stochastic
 from models import mlp_rows, text_rows, tiny_bert, tiny_mlp
 from toy import ToyHost
+from training import build, train, weights
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from doors import train
+
 from hf_sharp import SharpTrainer, fsam, sam
 from hf_sharp._engine import rows
 from models import mlp_rows, tiny_mlp

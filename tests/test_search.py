@@ -11,11 +11,11 @@ import torch
 from transformers import integrations, trainer
 from transformers.trainer_utils import HPSearchBackend
 
-from doors import build, train, weights
 from hf_sharp import SharpConfig, SharpTrainer, asam, sam
 from hf_sharp._integrations.search import divide, searched
 from hf_sharp._presets.config import METHODS, options_of
 from models import mlp_rows, tiny_mlp
+from training import build, train, weights
 
 
 def fresh():

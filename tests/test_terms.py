@@ -5,23 +5,12 @@ import torch
 
 import hf_sharp
 import references
-from doors import Recorder, Tripwire, build, train, weights
 from hf_sharp import Plain, SharpTrainer, Sum, sam, vasso
-from models import batch_of, causal_rows, mlp_rows, tiny_llama, tiny_mlp
+from models import causal_rows, mlp_rows, tiny_llama, tiny_mlp
 from references import functional, linear_decay, sgd, trajectory, window_gradient
+from term_rows import SETTINGS, collate, pairs
+from training import Recorder, Tripwire, build, train, weights
 
-
-def pairs(count, make=mlp_rows, **settings):
-    """Rows of two terms, from different seeds."""
-    both = zip(make(count, seed=1, **settings), make(count, seed=2, **settings), strict=True)
-    return [{"forget": one, "retain": other} for one, other in both]
-
-
-def collate(rows):
-    return {term: batch_of([row[term] for row in rows]) for term in rows[0]}
-
-
-SETTINGS = {"data_collator": collate, "remove_unused_columns": False}
 BOTH = {"forget": 0.5, "retain": 2.0}
 
 

@@ -1,4 +1,4 @@
-"""The Trainer door: everything a Trainer does still works, and what it writes says how the gradient was got."""
+"""SharpTrainer: everything a Trainer does still works, and what it writes says how the gradient was got."""
 
 import json
 import pickle
@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import BatchEncoding, EarlyStoppingCallback, Seq2SeqTrainer, Trainer, TrainerCallback
 
-from doors import Recorder, Tripwire, build, train, weights
 from hf_sharp import (
     SAM,
     ByName,
@@ -22,13 +21,16 @@ from hf_sharp import (
     fsam,
     looksam,
     make_sharp,
+    mesa,
     sam,
     sam_on,
+    tram,
 )
 from models import (
     batch_of,
     causal_rows,
     image_rows,
+    mean_bert,
     mlp_rows,
     text_rows,
     tiny_bert,
@@ -38,7 +40,7 @@ from models import (
     windows_of,
 )
 from references import functional, window_gradient
-from test_contract import bert, exact_logs
+from training import Recorder, Tripwire, build, exact_logs, train, weights
 
 
 def hand_sam(model, batches, rho, lr, steps):
@@ -115,23 +117,26 @@ def test_a_causal_lm_with_token_counts_agrees_across_windows(tmp_path):
 def test_a_trainers_options_keep_working(settings, tmp_path):
     pair = []
     for cls, options in ((Trainer, {}), (SharpTrainer, {"method": sam(0.0)})):
-        trainer = train(cls, bert(), text_rows(40), tmp_path, gradient_accumulation_steps=2, **settings, **options)
+        trainer = train(
+            cls, mean_bert(), text_rows(40), tmp_path, gradient_accumulation_steps=2, **settings, **options
+        )
         pair.append((weights(trainer), exact_logs(trainer)))
     assert torch.equal(pair[0][0], pair[1][0]) and pair[0][1] == pair[1][1]
-    moved = train(SharpTrainer, bert(), text_rows(40), tmp_path, method=sam(0.2), **settings)
+    moved = train(SharpTrainer, mean_bert(), text_rows(40), tmp_path, method=sam(0.2), **settings)
     gaps = [line["sharp_gap"] for line in moved.state.log_history if "sharp_gap" in line]
     assert len(gaps) == 5 and max(gaps) > 0 and not torch.equal(weights(moved), pair[0][0])
 
 
 def test_checkpointed_sam_on_asks_for_a_subset_where_it_can_and_says_where_it_cannot(tmp_path):
-    plain = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam_on(0.1))
+    plain = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam_on(0.1))
     settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     torch.testing.assert_close(
-        weights(train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)), weights(plain)
+        weights(train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)),
+        weights(plain),
     )
     settings["activation_checkpointing_kwargs"] = {"use_reentrant": True}
     with pytest.warns(UserWarning, match="reentrant gradient checkpointing needs the full backward"):
-        trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)
+        trainer = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam_on(0.1), **settings)
     torch.testing.assert_close(weights(trainer), weights(plain))
 
 
@@ -150,21 +155,21 @@ def test_a_custom_loss_function_is_used_in_every_pass(tmp_path):
 def test_compiled_models_give_the_same_weights_without_recompiling(tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = bert()
+    model = mean_bert()
     settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
     compiled = train(SharpTrainer, model, text_rows(20), tmp_path, method=sam(0.1), **settings)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    train(Trainer, bert(), text_rows(20), tmp_path, **settings)
+    train(Trainer, mean_bert(), text_rows(20), tmp_path, **settings)
     assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch._dynamo.reset()
-    eager = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), max_steps=3)
+    eager = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam(0.1), max_steps=3)
     torch.testing.assert_close(weights(compiled), weights(eager), rtol=1e-3, atol=2e-3)
 
 
 def test_auto_find_batch_size_goes_on_after_running_out_of_memory_in_the_second_pass(tmp_path):
-    model = bert()
+    model = mean_bert()
     start = [p.detach().clone() for p in model.parameters()]
     wire = Tripwire(model, at=2, error=RuntimeError("CUDA out of memory. Tried to allocate"))
     seen = []
@@ -182,7 +187,7 @@ def test_auto_find_batch_size_goes_on_after_running_out_of_memory_in_the_second_
 
 def test_a_second_training_starts_the_method_afresh(tmp_path):
     method = fsam(0.1, every=100)
-    trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method=method)
+    trainer = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=method)
     first = {k: v for k, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
     trainer.train()
     second = method.state_dict()
@@ -215,14 +220,14 @@ def test_direct_calls_add_to_the_gradients_that_are_there(tmp_path):
     assert torch.equal(*sums)
 
 
-def test_a_training_step_above_the_door_may_make_new_batches(tmp_path):
+def test_a_training_step_above_ours_may_make_new_batches(tmp_path):
     class Own(SharpTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             return super().training_step(model, dict(inputs), num_items_in_batch)
 
     for method in (sam(0.0), sam(0.1)):
         pair = [
-            train(cls, bert(), text_rows(64), tmp_path, method=method, gradient_accumulation_steps=3)
+            train(cls, mean_bert(), text_rows(64), tmp_path, method=method, gradient_accumulation_steps=3)
             for cls in (SharpTrainer, Own)
         ]
         assert torch.equal(weights(pair[0]), weights(pair[1]))
@@ -251,6 +256,20 @@ def test_schedules_see_the_trainers_facts(tmp_path):
     assert seen == [(0.0, 0.4, 0, 4, 2), (0.2, 0.4, 1, 4, 2), (0.4, 0.4, 2, 4, 2), (0.2, 0.4, 3, 4, 2)]
 
 
+@pytest.mark.parametrize("lr", [0.4, 0.01])
+def test_the_largest_learning_rate_is_that_of_an_optimizer_of_ones_own(lr, tmp_path):
+    """Not that of the arguments, which such an optimizer does not follow; larger or smaller."""
+    seen, model = [], tiny_mlp()
+
+    def rho(landscape):
+        seen.append((landscape.lr, landscape.lr_max))
+        return 0.1
+
+    settings = {"optimizers": (torch.optim.SGD(model.parameters(), lr=lr), None), "learning_rate": 0.05}
+    train(SharpTrainer, model, mlp_rows(20), tmp_path, method=SAM(Perturbation(rho)), max_steps=4, **settings)
+    assert seen == [(pytest.approx(lr * share), lr) for share in (1, 0.75, 0.5, 0.25)]
+
+
 def test_a_window_that_the_data_cut_short_leaves_the_next_epoch_whole(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -274,7 +293,7 @@ def test_early_stopping_and_the_best_model(tmp_path):
     }
     trainer = train(
         SharpTrainer,
-        bert(),
+        mean_bert(),
         text_rows(40),
         tmp_path,
         method="fsam",
@@ -310,7 +329,9 @@ def test_hyperparameter_search_starts_every_trial_afresh(tmp_path):
 
 def test_checkpoints_hold_the_method_its_settings_and_no_pickle_of_ours(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method={"method": "fsam", "every": 3}, **settings)
+    trainer = train(
+        SharpTrainer, mean_bert(), text_rows(20), tmp_path, method={"method": "fsam", "every": 3}, **settings
+    )
     checkpoint = tmp_path / "checkpoint-4"
     record = json.loads((checkpoint / "sharp_config.json").read_text())
     assert record == {
@@ -326,17 +347,17 @@ def test_checkpoints_hold_the_method_its_settings_and_no_pickle_of_ours(tmp_path
     trainer.save_model(tmp_path / "final")
     assert (tmp_path / "final" / "sharp_config.json").is_file()
     assert not (tmp_path / "final" / "sharp_state.safetensors").exists()
-    plain = train(SharpTrainer, bert(), text_rows(20), tmp_path / "plain", max_steps=1)
+    plain = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path / "plain", max_steps=1)
     plain.save_model(tmp_path / "final")
     assert not (tmp_path / "final" / "sharp_config.json").exists()  # it would speak of another training
 
 
 def test_a_checkpoint_whose_state_is_gone_or_broken_is_named(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    train(SharpTrainer, bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
+    train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
     state = tmp_path / "checkpoint-2" / "sharp_state.safetensors"
     state.write_bytes(state.read_bytes()[:50])
-    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
+    trainer = build(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
     with pytest.raises(ValueError, match=r"sharp_state.safetensors cannot be read"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     state.unlink()
@@ -346,31 +367,38 @@ def test_a_checkpoint_whose_state_is_gone_or_broken_is_named(tmp_path):
 
 def test_a_method_without_state_adds_no_state_file(tmp_path):
     train(
-        SharpTrainer, bert(), text_rows(20), tmp_path, method="sam", save_strategy="steps", save_steps=2, max_steps=2
+        SharpTrainer,
+        mean_bert(),
+        text_rows(20),
+        tmp_path,
+        method="sam",
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=2,
     )
     assert not (tmp_path / "checkpoint-2" / "sharp_state.safetensors").exists()
 
 
 def test_resuming_with_another_method_warns_and_names_both(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    train(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
-    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.2), **settings)
+    train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
+    trainer = build(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam(0.2), **settings)
     with pytest.warns(UserWarning, match=r"rho=0.1.*rho=0.2"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_resuming_with_another_rounding_warns(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "method": sam(0.1)}
-    train(SharpTrainer, bert(), text_rows(20), tmp_path, rounding="nearest", **settings)
-    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, **settings)
+    train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, rounding="nearest", **settings)
+    trainer = build(SharpTrainer, mean_bert(), text_rows(20), tmp_path, **settings)
     with pytest.warns(UserWarning, match=r"trained with rounding=nearest, and goes on with rounding=stochastic"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_state_of_another_method_is_refused_on_resume(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    train(SharpTrainer, bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
-    trainer = build(SharpTrainer, bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
+    train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=fsam(0.1), **settings)
+    trainer = build(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method=sam(0.1), **settings)
     with (
         pytest.warns(UserWarning, match="goes on with"),
         pytest.raises(ValueError, match=r"has no part 'perturbation\.mask'"),
@@ -391,7 +419,7 @@ def test_trackers_see_the_method_when_training_begins_and_the_arguments_stay_pic
 
 
 def test_the_model_card_names_the_method(tmp_path):
-    trainer = train(SharpTrainer, bert(), text_rows(20), tmp_path, method="sam")
+    trainer = train(SharpTrainer, mean_bert(), text_rows(20), tmp_path, method="sam")
     trainer.create_model_card()
     text = (tmp_path / "README.md").read_text()
     assert "- sharpness-aware" in text and repr(trainer.method) in text and "2 passes a step" in text
@@ -417,9 +445,34 @@ def test_flos_count_the_passes(tmp_path):
     rowwise = {"method": "fsam", "fisher": "per_sample", "samples": 4, "every": 100}
     for name, method in {None: None, "plain": "plain", "sam": "sam", "rows": rowwise}.items():
         settings = {"gradient_accumulation_steps": 2, "data_collator": collate}
-        flos[name] = train(SharpTrainer, bert(), text_rows(40), tmp_path, method=method, **settings).state.total_flos
+        flos[name] = train(
+            SharpTrainer, mean_bert(), text_rows(40), tmp_path, method=method, **settings
+        ).state.total_flos
     assert flos["sam"] == 2 * flos["plain"] == 2 * flos[None] > 0
     assert flos["rows"] - flos["sam"] == pytest.approx(flos[None] / 5 / 2)  # 4 of the 8 rows of one of 5 steps
+
+
+@dataclass(frozen=True)
+class Onlooker(Method):
+    """Plain training that asks for the outputs of the window once more, without gradients."""
+
+    cost = 1 + 1 / 3
+
+    def gradient(self, landscape):
+        here = landscape.evaluate()
+        landscape.forward(lambda outputs, batch: outputs["logits"].sum())
+        return here
+
+
+@pytest.mark.parametrize("method", [Onlooker(), tram("previous"), mesa()], ids=lambda method: type(method).__name__)
+def test_a_forward_without_a_backward_is_a_third_of_a_pass(method, tmp_path):
+    """One of three: a backward takes about two forwards. As a verb of its own, and within a pass."""
+    flos = []
+    for one in (None, method):
+        settings = {"method": one, "gradient_accumulation_steps": 2}
+        flos.append(train(SharpTrainer, mean_bert(), text_rows(40), tmp_path, **settings).state.total_flos)
+    assert flos[1] / flos[0] == pytest.approx(method.cost, rel=1e-9) and flos[0] > 0
+    assert method.cost % 1 == pytest.approx(1 / 3)
 
 
 # ---- logs
@@ -447,6 +500,41 @@ def test_metrics_are_logged_with_the_epoch_strategy(tmp_path):
     settings = {"logging_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}
     trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method=sam(0.1), **settings)
     assert len([line for line in trainer.state.log_history if "sharp_gap" in line]) == 2
+
+
+@dataclass(frozen=True)
+class Growing(Method):
+    """Makes one evaluation in step 0, two in step 1, ...: `sharp_evaluations` tells which steps were measured."""
+
+    period: int = 1
+    cost = 1.0
+
+    def gradient(self, landscape):
+        here = landscape.evaluate()
+        for _ in range(landscape.step):
+            landscape.evaluate()
+        return here
+
+
+@pytest.mark.parametrize(
+    "period, settings, expected",
+    [
+        # 5 batches an epoch, in windows of 2: 3 steps an epoch. Logged at the ends of epochs, and where training ends.
+        (1, {"logging_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}, {3: 3.0, 6: 6.0}),
+        (1, {"logging_strategy": "epoch", "max_steps": 5}, {3: 3.0, 5: 5.0}),
+        (1, {"logging_strategy": "epoch", "max_steps": 2}, {2: 2.0}),
+        (2, {"logging_strategy": "epoch", "max_steps": 5}, {3: 2.5, 5: 4.5}),
+        (1, {"logging_steps": 3, "max_steps": 7}, {3: 3.0, 6: 6.0}),
+        (2, {"logging_steps": 3, "max_steps": 7}, {3: 2.5, 6: 5.5}),
+        (1, {"logging_steps": 3, "logging_first_step": True, "max_steps": 6}, {1: 1.0, 3: 3.0, 6: 6.0}),
+    ],
+)
+def test_the_steps_before_a_line_are_measured_as_many_as_the_period_has(period, settings, expected, tmp_path):
+    """Each line tells the mean of these and of no other: neither of steps between, nor of what a line before told."""
+    settings = {"method": Growing(period), "gradient_accumulation_steps": 2, **settings}
+    trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, **settings)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert {line["step"]: line.get("sharp_evaluations") for line in lines} == expected
 
 
 def test_bf16_weights_that_swallow_the_shift_are_named_once(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from doors import Recorder, build, train, weights
 from hf_sharp import (
     TRAM,
     Landscape,
@@ -30,6 +29,7 @@ from models import (
     windows_of,
 )
 from toy import ToyHost, flat
+from training import Recorder, build, train, weights
 
 WINDOW = windows_of(mlp_rows(8), micro=4, accumulate=2)[0]
 

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import TrainingArguments
 
 import hf_sharp
-from doors import weights
 from hf_sharp import fsam, make_sharp, mesa, sam, sam_on, tram
 from hf_sharp._engine import rows
 from hf_sharp._integrations.any_trainer import TRL
 from hf_sharp._integrations.refusals import GENERATING, STACKED
+from training import weights
 from trl_toy import CASES, build, llama, run, sgd, texts, tokenizer
 
 trl = pytest.importorskip("trl")

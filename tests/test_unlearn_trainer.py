@@ -8,7 +8,6 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from doors import Tripwire, weights
 from hf_sharp import (
     NPO,
     RMU,
@@ -30,6 +29,7 @@ from hf_sharp.unlearning import ForgetRetainCollator, ForgetRetainDataset
 from hf_sharp.unlearning._trainer import sum_of
 from models import tiny_llama
 from references import flat, layout_of, sgd
+from training import Tripwire, weights
 from unlearn_runs import build, collate, lora, pairs, text, tiny_gpt2, unlearn
 
 OBJECTIVES = {

@@ -1,16 +1,12 @@
 """Rows as tokens and labels, token by token; pairs drawn alike after a resume and differently on each rank."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_sharp import Plain, SharpTrainer, Sum
 from hf_sharp.recipes.tasks.domains import byte_tokenizer
@@ -24,25 +20,11 @@ from hf_sharp.unlearning import (
     read_rows,
 )
 from models import tiny_llama
+from questions import examples, ids, word_tokenizer
+from ranks import torchrun
 
 HERE = Path(__file__).parent
-WORDS = ["</s>", "<pad>", "<s>", "who", "wrote", "it", "nobody", "somebody", "did", "Q:", "A:", "user:", "bot:", "be"]
 ROW = {"question": "who wrote it", "answer": "nobody did"}
-
-
-def word_tokenizer(special=None, **settings):
-    """One word, one token, with its place in WORDS as its number."""
-    tokenizer = Tokenizer(models.WordLevel(dict(zip(WORDS, range(len(WORDS)), strict=True)), unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if special:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=special, special_tokens=[("<s>", 2), ("</s>", 0)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", **settings)
-
-
-def ids(string):
-    return [WORDS.index(word) for word in string.split()]
 
 
 PLAIN = "Q: {question} A: {answer}"
@@ -208,11 +190,6 @@ def test_optional_columns_are_collated_all_or_none():
 # --- pairs ---
 
 
-def examples(count, first=3):
-    """Examples that are known by their last token."""
-    return [{"input_ids": [first, 4, 5 + i], "labels": [-100, 4, 5 + i]} for i in range(count)]
-
-
 def test_draws_are_a_function_of_seed_epoch_and_index():
     data = ForgetRetainDataset(examples(8), examples(20), seed=5)
     draws = [data.retained(i) for i in range(8)]
@@ -284,13 +261,7 @@ def test_workers_that_live_on_hear_of_the_epoch(tmp_path):
 
 @pytest.mark.distributed
 def test_ranks_draw_different_rows_each_epoch(tmp_path):
-    script = HERE / "distributed" / "draws.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), str(tmp_path)]
-    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    torchrun(2, HERE / "distributed" / "draws.py", tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     data = ForgetRetainDataset(examples(8), examples(50), seed=1)
     for epoch in range(2):  # two batches of two rows on each rank

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from hf_sharp import Plain, SharpTrainer, Sum
 from hf_sharp.unlearning import EpochCallback, ForgetRetainCollator, ForgetRetainDataset
 from models import tiny_llama
-from test_unlearning_data import examples, word_tokenizer
+from questions import examples, word_tokenizer
 
 
 def main(folder: Path) -> None:

@@ -3,8 +3,6 @@
 import os
 import sys
 
-if __name__ == "__main__":
-    sys.path[:0] = sys.argv[2].split(os.pathsep)
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

@@ -6,8 +6,6 @@ Accelerate offers FSDP on GPUs only, so its state is set by hand; from `prepare`
 import os
 import sys
 
-if __name__ == "__main__":
-    sys.path[:0] = sys.argv[2].split(os.pathsep)
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
@@ -17,10 +15,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from cases import METHODS
-from doors import build
 from hf_sharp import SharpStep, SharpTrainer, Sum, fsam, plain, sam
 from models import mlp_rows, tiny_mlp, windows_of
-from test_terms import SETTINGS, pairs
+from term_rows import SETTINGS, pairs
+from training import build
 
 SIZES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 RESUMED = ("fsam", "looksam", "friendly_sam", "tram_previous")

@@ -1,42 +1,21 @@
 """Two processes over gloo do what one process does on the same rows."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from cases import METHODS
-from doors import train, weights
 from hf_sharp import SAM, Perturbation, SharpOptimizer, SharpStep, SharpTrainer, VaSSO, fsam, vasso
 from models import mlp_rows, tiny_mlp, windows_of
+from ranks import results_of
 from references import flat, functional, sgd, window_gradient
-
-HERE = Path(__file__).parent
+from training import train, weights
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    paths = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += [
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-        str(HERE / "two_ranks.py"),
-        str(folder),
-        paths,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return torch.load(folder / "results.pt", weights_only=True)
+    return results_of("two_ranks.py", 2, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.distributed

@@ -1,33 +1,18 @@
 """Two processes over gloo do with adapters what one process does on the same rows."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from doors import train
 from hf_sharp import SharpTrainer, sam
 from models import mlp_rows
-from peft_models import METHODS, lora_mlp, trainables
-from test_adapters import own
-
-HERE = Path(__file__).parent
+from peft_models import METHODS, added, lora_mlp, trainables
+from ranks import results_of
+from training import train
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    paths = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [str(HERE / "two_ranks_adapters.py"), str(folder), paths]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return torch.load(folder / "results.pt", weights_only=True)
+    return results_of("two_ranks_adapters.py", 2, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.distributed
@@ -35,7 +20,7 @@ def two_ranks(tmp_path_factory):
 def test_two_ranks_are_one_process(name, two_ranks, tmp_path):
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     one = train(SharpTrainer, lora_mlp(), mlp_rows(40), tmp_path, method=METHODS[name](), **sizes)
-    mine = torch.cat([trainables(one.model), own(one)])
+    mine = torch.cat([trainables(one.model), added(one)])
     torch.testing.assert_close(two_ranks[name]["weights"], mine, rtol=0, atol=1e-12)
     assert two_ranks[name]["spread"] == 0
 

@@ -1,48 +1,32 @@
 """Two processes with sharded parameters (FSDP2 over gloo) do what one process does with whole ones."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from cases import METHODS
-from doors import train, weights
 from hf_sharp import SharpOptimizer, SharpStep, SharpTrainer, Sum, plain, sam
 from models import mlp_rows, tiny_mlp, windows_of
+from ranks import results_of
 from references import flat
-from test_terms import SETTINGS, pairs
+from term_rows import SETTINGS, pairs
+from training import train, weights
 
-HERE = Path(__file__).parent
 SIZES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 RESUMED = ("fsam", "looksam", "friendly_sam", "tram_previous")
 
 pytestmark = pytest.mark.distributed
 
 
-def launch(script, ranks, folder):
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent.parent)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [str(HERE / script), str(folder), paths]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return torch.load(folder / "results.pt", weights_only=True)
-
-
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    return launch("sharded_ranks.py", 2, tmp_path_factory.mktemp("fsdp"))
+    return results_of("sharded_ranks.py", 2, tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
-    return launch("hybrid_ranks.py", 4, tmp_path_factory.mktemp("hsdp"))
+    return results_of("hybrid_ranks.py", 4, tmp_path_factory.mktemp("hsdp"))
 
 
 def same(ours, theirs):

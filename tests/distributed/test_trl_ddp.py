@@ -1,31 +1,20 @@
 """TRL gathers its counts over ranks inside the loss, in every pass: two processes do what one does."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from doors import weights
 from hf_sharp import sam
+from ranks import results_of
+from training import weights
 from trl_toy import llama, run, sgd
 
 pytest.importorskip("trl")
-HERE = Path(__file__).parent
 
 
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_sft_on_two_ranks_is_sft_in_one_process(tmp_path):
-    paths = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", str(HERE / "two_ranks_trl.py"), str(tmp_path), paths]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    two = torch.load(tmp_path / "results.pt", weights_only=True)
+    two = results_of("two_ranks_trl.py", 2, tmp_path)
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     model = llama(dropout=0.0, float64=True)
     one = run("SFT", tmp_path, sharp=True, model=model, method=sam(0.1), **sgd(), **sizes)

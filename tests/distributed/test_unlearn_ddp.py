@@ -1,31 +1,16 @@
 """Two processes over gloo unlearn as one does on the same rows, of unequal length."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from distributed.unlearn_ranks import CELLS, SHARDED, measured, run
-from doors import weights
-
-HERE = Path(__file__).parent
+from ranks import results_of
+from training import weights
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    paths = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HERE / "unlearn_ranks.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, str(folder), paths], capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return torch.load(folder / "results.pt", weights_only=True)
+    return results_of("unlearn_ranks.py", 2, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.distributed

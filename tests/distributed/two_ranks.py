@@ -3,8 +3,6 @@
 import os
 import sys
 
-if __name__ == "__main__":
-    sys.path[:0] = sys.argv[2].split(os.pathsep)
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -12,10 +10,10 @@ from accelerate.state import GradientState
 from transformers import TrainerCallback
 
 from cases import METHODS
-from doors import build, train, weights
 from hf_sharp import SharpOptimizer, SharpStep, SharpTrainer, fsam, plain, sam, vasso
 from models import mlp_rows, tiny_mlp, windows_of
 from references import flat
+from training import build, train, weights
 
 
 def by_loop() -> torch.Tensor:

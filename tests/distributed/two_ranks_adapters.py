@@ -3,16 +3,14 @@
 import os
 import sys
 
-if __name__ == "__main__":
-    sys.path[:0] = sys.argv[2].split(os.pathsep)
 import torch
 import torch.distributed as dist
 
 from distributed.sharded_ranks import refused, sharded_trainer
-from doors import train
 from hf_sharp import SharpTrainer, sam
 from models import mlp_rows
 from peft_models import METHODS, frozen, lora_mlp, trainables
+from training import train
 
 
 def by_shards(method, folder: str) -> torch.Tensor:

@@ -3,13 +3,11 @@
 import os
 import sys
 
-if __name__ == "__main__":
-    sys.path[:0] = sys.argv[2].split(os.pathsep)
 import torch
 import torch.distributed as dist
 
-from doors import weights
 from hf_sharp import sam
+from training import weights
 from trl_toy import llama, run, sgd
 
 

@@ -3,14 +3,11 @@
 import os
 import sys
 
-if __name__ == "__main__":
-    sys.path[:0] = sys.argv[2].split(os.pathsep)
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from distributed.sharded_ranks import afresh, shard, whole
-from doors import weights
 from hf_sharp import (
     DPO,
     NPO,
@@ -23,6 +20,7 @@ from hf_sharp import (
     sam,
     tram,
 )
+from training import weights
 from unlearn_runs import build, lora, pairs, tiny_gpt2, unlearn
 
 CELLS = {

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(folder) for folder in Path(__file__).parents[1:3]]
+    TESTS = Path(__file__).parents[1]
+    sys.path[:0] = [str(TESTS / "helpers"), str(TESTS), str(TESTS.parent)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy
 import torch
@@ -35,9 +36,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from cases import METHODS
-from doors import build
 from hf_sharp import SharpTrainer, last_complete_checkpoint
 from models import text_rows, tiny_bert
+from training import build
 
 START, SAVE, SAVED = b"t", b"s", b"d"  # what a training process says through its pipe
 
@@ -255,7 +256,7 @@ def main() -> None:
         choices=METHODS,
         metavar="METHOD",
         default=["fsam", "looksam", "friendly_sam", "tram_previous", "mesa"],
-        help="rows of tests/cases.py",
+        help="rows of tests/helpers/cases.py",
     )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)

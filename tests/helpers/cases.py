@@ -5,8 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 import family
 import family_outputs
+import models
 import references
 from hf_sharp import (
     SAM,
@@ -206,4 +209,14 @@ METHODS = {
         0.05,
     ),
 }
+
+
+def rows_for(name: str, rows: models.Rows) -> models.Rows:
+    """The rows that a method is trained on: as they are, or a few of them again and again, with their numbers."""
+    if not METHODS[name].visits:
+        return rows
+    few = rows[:8]
+    return [{**few[i % 8], "sample_index": torch.tensor(i % 8)} for i in range(len(rows))]
+
+
 MOVING = {name: case for name, case in METHODS.items() if case.moves}

@@ -87,6 +87,13 @@ def tiny_bert(
     return _precise(model, float64)
 
 
+def mean_bert() -> BertForSequenceClassification:
+    """tiny_bert with dropout, and with the word that its loss is a mean whatever the Trainer counts."""
+    model = tiny_bert(dropout=0.1)
+    model.accepts_loss_kwargs = False
+    return model
+
+
 def tiny_vit(
     dropout: float = 0.1, float64: bool = False, classes: int = 3, layers: int = 2, seed: int = 0, **settings: Any
 ) -> ViTForImageClassification:

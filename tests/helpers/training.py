@@ -1,6 +1,6 @@
-"""The doors as the tests use them: one call that trains a tiny model on rows in their order."""
+"""Training as the tests use it: one call that trains a tiny model on rows in their order, and callbacks that watch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -60,6 +60,19 @@ def train(cls: type[Trainer], model: Any, rows: Rows, folder: Any, **settings: A
 
 def weights(trainer: Trainer) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+
+
+def exact_logs(trainer: Trainer) -> list[dict[str, Any]]:
+    """What a training logged, but for its clock and our own metrics: what two equal trainings share bit by bit."""
+    skip = ("runtime", "per_second", "flos", "sharp_")
+    return [{k: v for k, v in line.items() if not any(s in k for s in skip)} for line in trainer.state.log_history]
+
+
+def same_state(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two states of a method hold the same under the same names."""
+    return mine.keys() == other.keys() and all(
+        torch.equal(torch.as_tensor(mine[k]), torch.as_tensor(other[k])) for k in mine
+    )
 
 
 class Recorder(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Tiny models with adapters, and the methods made for these."""
+"""Tiny models with adapters, and one setting for each method made for them: the twin of `models` and `cases`."""
 
 import warnings
 from typing import Any
@@ -47,6 +47,11 @@ def lora_llama(start: bool = True, model: dict[str, Any] | None = None, **settin
 
 def trainables(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
+
+
+def added(trainer: Any) -> Tensor:
+    """The method's own parameters, laid end to end."""
+    return torch.cat([torch.empty(0), *(p.detach().reshape(-1) for p in trainer._sharp_host.added.values())])
 
 
 def frozen(model: torch.nn.Module) -> Tensor:

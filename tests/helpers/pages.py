@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 NEEDS = 'title="needs '  # marks a block that tests only read: what it needs is not here
 FENCE = re.compile(r"^(\s*)```(.*)$")

@@ -8,9 +8,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from doors import arguments
 from hf_sharp import UnlearnTrainer
 from models import seeded
+from training import arguments
 
 VOCABULARY = 24
 

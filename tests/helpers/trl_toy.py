@@ -1,4 +1,4 @@
-"""TRL's trainers on tiny data of every kind, plain or sharp."""
+"""TRL's trainers on tiny data of every kind, plain or sharp: what is trained by test_trl.py and on two ranks."""
 
 import copy
 

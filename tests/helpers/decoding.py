@@ -1,4 +1,4 @@
-"""Slow and plain twins of greedy decoding and of the longest common subsequence."""
+"""Slow, plain twins of greedy decoding and of the longest common subsequence, for tests of `hf_sharp.evaluation`."""
 
 import torch
 

@@ -1,0 +1,33 @@
+"""Several processes over gloo, started as a user starts them; tests under `distributed` compare them with one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+PATHS = (TESTS.parent, TESTS, TESTS / "helpers")
+
+
+def torchrun(ranks: int, *command: Any, timeout: int = 400) -> str:
+    """Run a script on `ranks` processes by torchrun, on a free port, with the package and these helpers to import.
+
+    Returns:
+        What it printed; a script that fails is an AssertionError with the end of its output.
+    """
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--nproc_per_node", str(ranks)]
+    whole = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *map(str, command)]
+    paths = os.pathsep.join(map(str, PATHS))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    done = subprocess.run(whole, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def results_of(script: str, ranks: int, folder: Path) -> Any:
+    """What a script of `tests/distributed` wrote down as `results.pt` in the folder it was given."""
+    import torch
+
+    torchrun(ranks, TESTS / "distributed" / script, folder)
+    return torch.load(folder / "results.pt", weights_only=True)
