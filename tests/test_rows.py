@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from doors import train
+from training import train
 
 from hf_sharp import SharpTrainer, fsam, sam
 from hf_sharp._engine import rows
