@@ -92,3 +92,10 @@ def test_growth_is_raced_timed_part_by_part_and_drawn(load, tmp_path, capsys, mo
     assert len(found["parts"][0]["seconds"]) == 6 and all(s > 0 for s in found["parts"][0]["seconds"].values())
     assert "| sam |" in capsys.readouterr().out
     assert (tmp_path / "scaling.png").is_file() and (tmp_path / "scaling_parts.png").is_file()
+
+
+def test_the_cost_of_recording_state_is_printed(load, capsys):
+    load("state").main("--layers 1 --hidden 32 --rounds 1".split())
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[2] for line in lines] == ["model", "model, trainer"]
+    assert all(float(line[4]) > 0 and line[5].endswith("% |") for line in lines)
