@@ -118,3 +118,10 @@ def test_two_passes_leave_the_gradient_of_one(load, tmp_path):
     build(Trainer, once, rows, tmp_path, **settings).train()
     build(load("overhead").TwoPasses, twice, rows, tmp_path, **settings).train()
     torch.testing.assert_close(flat(once), flat(twice), rtol=0, atol=0)
+
+
+def test_the_cost_of_recording_state_is_printed(load, capsys):
+    load("state").main("--layers 1 --hidden 32 --rounds 1".split())
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[2] for line in lines] == ["model", "model, trainer"]
+    assert all(float(line[4]) > 0 and line[5].endswith("% |") for line in lines)

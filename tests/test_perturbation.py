@@ -155,14 +155,14 @@ def test_sam_ons_adaptive_ball_adapts_to_scales_or_as_its_authors_to_shifts_too(
     with torch.no_grad():
         model.norm.bias.copy_(torch.linspace(-0.3, 0.4, 8))
     epsilon, grad, landscape = perturbed(hf_sharp.sam_on(10.0, ball="adaptive", eta=0.02, on=on).perturbation, model)
-    w, g = model.norm, dict(zip(landscape.names, grad.tensors, strict=True))
+    w, g = model.norm, dict(zip(landscape.facts.names, grad.tensors, strict=True))
     scale = w.weight.detach().abs() + 0.02
     shift = w.bias.detach().abs() + 0.02 if on == "all" else torch.ones(8, dtype=torch.float64)
     length = ((scale * g["norm.weight"]).square().sum() + (shift * g["norm.bias"]).square().sum()).sqrt()
-    moved = dict(zip(landscape.names, epsilon.tensors, strict=True))
+    moved = dict(zip(landscape.facts.names, epsilon.tensors, strict=True))
     for name, t in (("norm.weight", scale), ("norm.bias", shift)):
         torch.testing.assert_close(moved[name], 10.0 * t.square() * g[name] / length, rtol=1e-12, atol=0)
-    assert all(moved[name] is None for name in landscape.names if not name.startswith("norm."))
+    assert all(moved[name] is None for name in landscape.facts.names if not name.startswith("norm."))
 
 
 @pytest.mark.parametrize("mask", [ByName("nobody"), NormLayers()])
@@ -266,7 +266,7 @@ def test_embeddings_are_told_by_module_or_as_the_authors_do_by_name(name, embedd
     biases = {n for n, _ in model.named_parameters() if n.endswith(".bias")}
     assert mask.whole(landscape) == expected[name] | biases
     never = FisherMask(keep=0.5, embeddings=embeddings, outside="never").perturbed(landscape)
-    assert set(landscape.names) - set(never) == expected[name] | biases
+    assert set(landscape.facts.names) - set(never) == expected[name] | biases
 
 
 def test_the_per_sample_fisher_is_the_mean_of_squared_row_gradients():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from training import train
 
 from hf_sharp import SharpTrainer, fsam, sam
 from hf_sharp._engine import rows
 from models import mlp_rows, tiny_mlp
+from training import train
 
 
 def batch_of_images(patches):

@@ -196,8 +196,10 @@ class ForwardState:
         """Learn which modules there are; `hidden` are those that only an attribute holds."""
         self._hidden = list(hidden)
         memo: set[nn.Module] = set()
-        roots = [(name, root) for name, root in self._roots.items() if isinstance(root, nn.Module)]
-        modules = [found for name, root in roots for found in root.named_modules(memo, name)]
+        modules: list[tuple[str, nn.Module]] = []
+        for name, root in self._roots.items():
+            if isinstance(root, nn.Module):
+                modules += root.named_modules(memo, name)
         self._inside = {id(module) for _, module in modules}
         modules += [found for name, module in hidden.values() for found in module.named_modules(memo, name)]
         owners = [(name, type(module).__name__, module) for name, module in modules]

@@ -128,8 +128,8 @@ class Watch:
         if name in self._known:
             return False
         if self._left is None:
-            self._left = max(LEAST, sum(local(p).nbytes for p in self._trainable()))
-        size = local(tensor).nbytes
+            self._left = max(LEAST, sum(_size(p) for p in self._trainable()))
+        size = _size(tensor)
         if size > self._left:
             return False
         self._left -= size
@@ -185,6 +185,11 @@ class Watch:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # a NaN is itself
+
+
+def _size(tensor: Tensor) -> int:
+    part = local(tensor)
+    return part.numel() * part.element_size()
 
 
 def _memory(tensor: Tensor) -> Any:

@@ -15,11 +15,10 @@ from torch.func import functional_call
 
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
-from hf_sharp._engine.rounding import cast_by_autocast
+from hf_sharp._engine.rounding import grids_of
 from hf_sharp._engine.weights import buffer_copies
 from hf_sharp._integrations.labels import shifts_labels
 from hf_sharp._integrations.momentum import momentum_of
-from hf_sharp._tensors.shards import sharded
 from hf_sharp._tensors.vector import alike
 
 BUCKET = 25 * 2**20  # bytes, as in DDP
@@ -106,35 +105,34 @@ class AcceleratorHost(Host):
 
     def facts(self) -> StepFacts:
         """As Accelerate, the optimizer and the loop have them."""
-        scaler, mixed = self.accelerator.scaler, str(self.accelerator.mixed_precision)
-        one, scaling = torch.ones((), device=self.accelerator.device), scaler is not None and scaler.is_enabled()
-        parameters = self.parameters
+        scaler, parameters = self.accelerator.scaler, self.parameters
+        loss_scale, scaling = torch.ones((), device=self.accelerator.device), False
+        if scaler is not None and scaler.is_enabled():
+            loss_scale, scaling = scaler.scale(loss_scale), True  # read without waiting for the device
         return StepFacts(
             parameters=parameters,
             **self.schedule._asdict(),
-            loss_scale=scaler.scale(one) if scaling else one,  # read without waiting for the device
+            loss_scale=loss_scale,
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
             sharded=self.sharded,
             shifts_labels=shifts_labels(self.model),
-            autocast={"no": None, "bf16": torch.bfloat16}.get(mixed, torch.float16),
+            autocast=self._autocast,
             skips_overflows=scaling,
             added=self.added,
             find_grids=lambda: self._grids(parameters),
         )
 
     def _grids(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.dtype | None]:
-        """By FSDP's casts of what it gathers, the weights' own dtype, or autocast's casts of matrices."""
-        autocast = {"no": None, "bf16": torch.bfloat16}.get(str(self.accelerator.mixed_precision), torch.float16)
+        """The formats that FSDP's and autocast's casts make."""
         self.reshard()
-        cast = set() if autocast is None else cast_by_autocast(self.model.modules())
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         gathered = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
-        grids = {}
-        for name, parameter in parameters.items():
-            dtype = (gathered if sharded(parameter) else None) or parameter.dtype
-            grids[name] = dtype if dtype.itemsize == 2 else autocast if id(parameter) in cast else None
-        return grids
+        return grids_of(parameters, self.model.modules(), self._autocast, gathered)
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        return {"no": None, "bf16": torch.bfloat16}.get(str(self.accelerator.mixed_precision), torch.float16)
 
     @property
     def ranks(self) -> int:

@@ -8,6 +8,7 @@ from torch.func import functional_call
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.landscape import Landscape
+from hf_sharp._engine.rounding import grids_of
 
 
 class ToyHost(Host):
@@ -21,7 +22,7 @@ class ToyHost(Host):
     """
 
     total_steps, warmup_steps, lr, lr_max, seed = 10, 2, 0.05, 0.1, 7
-    rank, ranks, sharded, skips_overflows = 0, 1, False, False
+    rank, ranks, sharded, skips_overflows, autocast = 0, 1, False, False, None
 
     def __init__(self, model, frozen=(), scale=1.0, step=0):
         self.model, self.step, self.added = model, step, {}
@@ -43,9 +44,11 @@ class ToyHost(Host):
             "ranks",
             "sharded",
         )
-        more = ("parameters", "skips_overflows", "added")
-        grids = {n: p.dtype if p.dtype.itemsize == 2 else None for n, p in self.parameters.items()}
-        return StepFacts(**{name: getattr(self, name) for name in given + more}, find_grids=lambda: grids)
+        more = ("parameters", "skips_overflows", "added", "autocast")
+        return StepFacts(**{name: getattr(self, name) for name in given + more}, find_grids=self.grids)
+
+    def grids(self):
+        return grids_of(self.parameters, self.model.modules(), self.autocast)
 
     def normaliser(self, batches):
         return self.micro_batches if batches is None else len(batches)
