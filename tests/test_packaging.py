@@ -154,7 +154,9 @@ def test_the_citation_is_of_this_version():
 
 def test_the_public_names_are_all_that_the_package_imports():
     body = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
-    imported = [alias.asname for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    imported = [
+        alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
     assert sorted(name for name in imported if not name.startswith("_")) == sorted(hf_sharp.__all__)
 
 
