@@ -1,8 +1,5 @@
 """What four ranks run for test_fsdp.py: parameters sharded over two ranks, with a copy on the other two (HSDP)."""
 
-import os
-import sys
-
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,6 +9,7 @@ from cases import METHODS
 from distributed.sharded_ranks import whole
 from hf_sharp import SharpOptimizer
 from models import mlp_rows, tiny_mlp, windows_of
+from ranks import on_each_rank
 
 NAMES = ("sam", "asam", "fsam", "gsam", "looksam", "randomized_smoothing")
 
@@ -36,7 +34,7 @@ def trained(name: str, mesh) -> torch.Tensor:
     return whole(model)
 
 
-def main(folder: str) -> None:
+def main(folder: str) -> dict:
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 4
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -44,12 +42,8 @@ def main(folder: str) -> None:
     everyone = [torch.empty_like(results["fsam"]) for _ in range(4)]
     dist.all_gather(everyone, results["fsam"])
     results["spread"] = torch.stack([(other - everyone[0]).abs().max() for other in everyone]).max()
-    if dist.get_rank() == 0:
-        torch.save(results, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # at interpreter exit gloo's threads can abort the process after all is done (seen with torch 2.13)
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    on_each_rank(main)

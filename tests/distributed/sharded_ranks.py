@@ -4,7 +4,6 @@ Accelerate offers FSDP on GPUs only, so its state is set by hand; from `prepare`
 """
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from cases import METHODS
 from hf_sharp import SharpStep, SharpTrainer, Sum, fsam, plain, sam
 from models import mlp_rows, tiny_mlp, windows_of
+from ranks import on_each_rank
 from term_rows import SETTINGS, pairs
 from training import build
 
@@ -144,7 +144,7 @@ def in_bf16(folder: str) -> dict:
     return {key: trainer.state.log_history[0][key] for key in ("sharp_component", "sharp_noise")}
 
 
-def main(folder: str) -> None:
+def main(folder: str) -> dict:
     results = {name: by_method(name, os.path.join(folder, name)) for name in METHODS}
     results["resumed"] = {name: resumed(name, os.path.join(folder, f"resumed_{name}")) for name in RESUMED}
     results["evaluated"] = evaluated(os.path.join(folder, "evaluated"))
@@ -157,12 +157,8 @@ def main(folder: str) -> None:
         "per_rank": refused(sam(0.1, per_rank=True), folder),
         "per_sample": refused(fsam(fisher="per_sample", samples=2), folder),
     }
-    if dist.get_rank() == 0:
-        torch.save(results, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # at interpreter exit gloo's threads can abort the process after all is done (seen with torch 2.13)
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    on_each_rank(main)

@@ -1,8 +1,5 @@
 """What two ranks run for test_ddp.py: every method on TinyMLP in float64, half of each window on each rank."""
 
-import os
-import sys
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -12,6 +9,7 @@ from transformers import TrainerCallback
 from cases import METHODS
 from hf_sharp import SharpOptimizer, SharpStep, SharpTrainer, fsam, plain, sam, vasso
 from models import mlp_rows, tiny_mlp, windows_of
+from ranks import on_each_rank
 from references import flat
 from training import build, train, weights
 
@@ -90,7 +88,7 @@ def reductions(method, folder: str) -> int:
     return len(calls)
 
 
-def main(folder: str) -> None:
+def main(folder: str) -> dict:
     results = {}
     for name, method in {
         **{n: c.method() for n, c in METHODS.items()},
@@ -114,12 +112,8 @@ def main(folder: str) -> None:
     results["reductions"] = {name: reductions(method, folder) for name, method in ASCENTS.items()}
     results["loop"] = {"weights": by_loop()}
     results["closure"] = {"weights": by_closure()}
-    if dist.get_rank() == 0:
-        torch.save(results, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # at interpreter exit gloo's threads can abort the process after all is done (seen with torch 2.13)
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    on_each_rank(main)

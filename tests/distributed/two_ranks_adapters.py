@@ -1,7 +1,6 @@
 """What two ranks run for test_ddp_adapters.py: the methods for adapters in float64, half a window on each rank."""
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -10,6 +9,7 @@ from distributed.sharded_ranks import refused, sharded_trainer
 from hf_sharp import SharpTrainer, sam
 from models import mlp_rows
 from peft_models import METHODS, frozen, lora_mlp, trainables
+from ranks import on_each_rank
 from training import train
 
 
@@ -28,7 +28,7 @@ def by_shards(method, folder: str) -> torch.Tensor:
     return torch.cat(trained)
 
 
-def main(folder: str) -> None:
+def main(folder: str) -> dict:
     results = {}
     for name, make in METHODS.items():
         model = lora_mlp()
@@ -45,12 +45,8 @@ def main(folder: str) -> None:
     methods = {"sam": sam(0.1), "nbar": METHODS["nbar"](), "obar": METHODS["obar"]()}
     results["sharded"] = {name: by_shards(method, os.path.join(folder, name)) for name, method in methods.items()}
     results["refused"] = {name: refused(METHODS[name](), folder, lora_mlp()) for name in ("bi_lora", "flat_lora")}
-    if dist.get_rank() == 0:
-        torch.save(results, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # at interpreter exit gloo's threads can abort the process after all is done (seen with torch 2.13)
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    on_each_rank(main)

@@ -1,7 +1,6 @@
 """What two ranks run for test_unlearn_ddp.py: unlearning in float64, half of each window on each rank."""
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from hf_sharp import (
     sam,
     tram,
 )
+from ranks import on_each_rank
 from training import weights
 from unlearn_runs import build, lora, pairs, tiny_gpt2, unlearn
 
@@ -69,7 +69,7 @@ def sharded(name, folder, **settings):
     return trainer
 
 
-def main(folder: str) -> None:
+def main(folder: str) -> dict:
     results = {}
     for name in CELLS:
         trainer = run(name, folder, micro=2)
@@ -97,12 +97,8 @@ def main(folder: str) -> None:
     later.train(resume_from_checkpoint=os.path.join(folder, "saved", "checkpoint-2"))
     results["resumed"] = whole(later.model)
     results["uninterrupted"] = uninterrupted
-    if dist.get_rank() == 0:
-        torch.save(results, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # at interpreter exit gloo's threads can abort the process after all is done (seen with torch 2.13)
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    on_each_rank(main)
