@@ -118,13 +118,13 @@ def main() -> None:
             tokenizer = domains.byte_tokenizer((text for row in data.train for text in row), max_length=512)
             make_model = partial(AutoModelForSeq2SeqLM.from_config, pairs.small_t5(tokenizer))
         beforehand.need("matplotlib")
-        beforehand.try_methods(configs, make_model, beforehand.bare(SharpSeq2SeqTrainer, training))
         if any(config.method == "saf" for config in configs.values()):
             raise ValueError("saf: a vocabulary's logits cannot be kept. Use mesa, which keeps none.")
         longest = (args.max_source_length, args.max_target_length)
         options = tokenizer, longest, args.source_prefix
         train = pairs.encode_pairs(data.train, *options, args.max_train_samples)
         test = pairs.encode_pairs(data.test, *options, args.max_eval_samples)
+        beforehand.try_methods(configs, make_model, beforehand.bare(SharpSeq2SeqTrainer, training))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"seq2seq_sam.py: {error}") from error
 
