@@ -234,6 +234,6 @@ class JointLinear(torch.autograd.Function):
 def _mean_over_ranks(parameters: Sequence[nn.Parameter], landscape: Landscape) -> ParamVector:
     """The mean of the parameters' gradients over the ranks, in one reduction; none counts as zero."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = landscape.mean_over_ranks(ParamVector([torch.cat([g.reshape(-1) for g in grads])])).present()[0]
+    flat = landscape.ranks.mean(ParamVector([torch.cat([g.reshape(-1) for g in grads])])).present()[0]
     parts = flat.split([g.numel() for g in grads])
     return ParamVector(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))

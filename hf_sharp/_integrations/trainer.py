@@ -47,8 +47,15 @@ class SharpMixin:
     Its arguments are those of `SharpTrainer`.
     """
 
-    def __init__(self, *args: Any, method: MethodLike = None, rounding: str = "stochastic", **kwargs: Any) -> None:
-        self._sharp_rounding = rounding
+    def __init__(
+        self,
+        *args: Any,
+        method: MethodLike = None,
+        rounding: str = "stochastic",
+        check_repeats: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self._sharp_rounding, self._sharp_check = rounding, check_repeats
         self._sharp_given = self.method, self.sharp_config = read_method(method)
         self._sharp_stepper: Stepper | None = None
         self._sharp_announced = self._sharp_warned = False
@@ -58,7 +65,7 @@ class SharpMixin:
         self._sharp_host.added = self._sharp_attachment.parameters
         if self.method is not None:
             refuse(self, self.method)  # pyright: ignore
-            self._sharp_stepper = Stepper(self.method, self._sharp_host, rounding)
+            self._sharp_stepper = Stepper(self.method, self._sharp_host, rounding, check_repeats)
             if self.model is not None:  # pyright: ignore
                 self._check_method()
 
@@ -153,7 +160,7 @@ class SharpMixin:
         if self.method is None:
             return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
         self.method.reset()
-        self._sharp_stepper = Stepper(self.method, self._sharp_host, self._sharp_rounding)
+        self._sharp_stepper = Stepper(self.method, self._sharp_host, self._sharp_rounding, self._sharp_check)
         self._sharp_host.flops, self._sharp_warned = 0.0, False
         self._check_method()
         if not self._sharp_announced and self.is_world_process_zero():  # pyright: ignore
@@ -322,13 +329,14 @@ def _read_state(path: Path, device: str) -> dict[str, Any]:
 
 
 class SharpTrainer(SharpMixin, Trainer):
-    """`transformers.Trainer` with one more argument, `method`, and a rarer one, `rounding`.
+    """`transformers.Trainer` with one more argument, `method`, and two rarer ones.
 
     Args:
         *args: the Trainer's.
         method: a `Method`, a `SharpConfig`, a dict of its settings, a preset's name, or None for the Trainer as it is.
         rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" (right on average, with noise)
             or "nearest" (most of a small shift is lost).
+        check_repeats: whether the first step makes one pass more, to warn if a pass cannot be repeated.
         **kwargs: the Trainer's.
 
     Example:

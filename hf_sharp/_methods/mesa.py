@@ -88,5 +88,5 @@ class MESA(Method):
         summed = kl_sum(reference, outputs, batch, shifted, temperature=self.temperature)
         number, batches = landscape.window.group
         if number not in counts:  # the host normalises each announced group of micro-batches by itself
-            counts[number] = landscape.sum_over_ranks(window_positions(batches, shifted))
+            counts[number] = landscape.ranks.sum(window_positions(batches, shifted))
         return self.lam * self.temperature**2 * summed / counts[number].to(summed.device).clamp_min(1)
