@@ -269,7 +269,7 @@ class Landscape:
         return self._mover.at(weights)
 
     def restored(self, weights: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-        """While open, these parameters may be changed in place, frozen ones too; afterwards they are what they were."""
+        """While open, parameters may be changed in place, frozen ones too; afterwards they are what they were."""
         return self._mover.restored(weights)
 
     # --- for the stepper ---------------------------------------------------------------------------------------------
@@ -330,14 +330,7 @@ class Landscape:
             self._passes.compare_repetition()
 
     def hand_over(self, evaluation: Evaluation) -> ParamVector:
-        """Write the gradient where the host looks for it, as if one ordinary backward had left it there.
-
-        Args:
-            evaluation: what the method returned.
-
-        Returns:
-            The gradient that was written.
-        """
+        """Write a method's gradient where the host looks for it, as if one ordinary backward had left it there."""
         gradients.put(self.facts.parameters.values(), evaluation.grad.tensors)
         return evaluation.grad
 
