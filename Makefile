@@ -2,6 +2,7 @@
 # constraints.txt. The set-up runs again only when pyproject.toml or constraints.txt has changed.
 #
 #   make quickstart [ARGS="--method sam"]    make test [ARGS="-k sam"]    make lint    make format    make bench    make docs
+#   make generated: what follows from the presets' signatures and docstrings (exports, types, tables) is written anew
 #   make test-oldest: the Trainer door's tests with the oldest versions supported, in an environment of their own
 # Tests run in two processes; JOBS=0 runs them in one, which a debugger needs.
 
@@ -16,13 +17,13 @@ STAMP := $(VENV)/.installed
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 OLDEST ?= .venv-oldest
 OLDEST_TESTS := $(addprefix tests/,test_trainer.py test_doors.py test_checkpoints.py test_contract.py soak distributed/test_ddp.py)
-SOURCES := $(wildcard hf_sharp recipes benchmarks examples tests)
+SOURCES := $(wildcard hf_sharp recipes benchmarks examples tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-oldest lint format bench docs clean
+.PHONY: help setup quickstart test test-oldest generated lint format bench docs clean
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -61,6 +62,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
+
+generated: $(STAMP)
+	@$(BIN)/python tools/generate.py
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/step.py $(ARGS)

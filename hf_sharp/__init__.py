@@ -77,6 +77,7 @@ from hf_sharp._presets import tram as tram
 from hf_sharp._presets import vasso as vasso
 from hf_sharp._presets import wsam as wsam
 from hf_sharp._presets.config import SharpConfig as SharpConfig
+from hf_sharp._presets.names import preset as preset
 from hf_sharp._tensors.vector import ParamVector as ParamVector
 from hf_sharp.unlearning._objectives import DPO as DPO
 from hf_sharp.unlearning._objectives import IDK as IDK

@@ -27,7 +27,7 @@ from hf_sharp import (
     vasso,
 )
 from hf_sharp.unlearning import ForgetRetainCollator, ForgetRetainDataset
-from hf_sharp.unlearning._trainer import sum_of
+from hf_sharp.unlearning._smoothing import sum_of
 from models import tiny_llama
 from references import flat, layout_of, sgd
 from unlearn_runs import build, collate, lora, pairs, text, tiny_gpt2, unlearn

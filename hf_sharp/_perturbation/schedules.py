@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hf_sharp._checks import check_count, check_radius
 from hf_sharp._engine.landscape import Landscape
 
-Schedule = Callable[["Landscape"], float]
+Schedule = Callable[[Landscape], float]
 
 
 def check_strength(value: float | Schedule, name: str) -> None:
