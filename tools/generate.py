@@ -66,7 +66,7 @@ def exports(names: Mapping[str, str]) -> list[str]:
 
     def place(item: tuple[str, str]) -> tuple[str, int, str]:
         name, module = item
-        return module, 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2, name
+        return module, 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2, name.lower()
 
     return [f"from {module} import {name} as {name}" for name, module in sorted(names.items(), key=place)]
 

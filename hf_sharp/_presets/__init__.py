@@ -8,6 +8,7 @@ from hf_sharp._methods.friendly import friendly_sam as friendly_sam
 from hf_sharp._methods.gam import gam as gam
 from hf_sharp._methods.gradient_penalty import gradient_penalty as gradient_penalty
 from hf_sharp._methods.gsam import gsam as gsam
+from hf_sharp._methods.lookbehind import lookbehind_sam as lookbehind_sam
 from hf_sharp._methods.looksam import looksam as looksam
 from hf_sharp._methods.mesa import mesa as mesa
 from hf_sharp._methods.msam import msam as msam

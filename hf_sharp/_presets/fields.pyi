@@ -17,6 +17,7 @@ MethodName = Literal[
     "gam",
     "gradient_penalty",
     "gsam",
+    "lookbehind_sam",
     "looksam",
     "mesa",
     "msam",
@@ -119,6 +120,8 @@ class Options:
     """tram (1.0): times the divergence."""
     scope: str | None = None
     """fsam (global): the largest entries of the whole network ("global") or of each tensor ("tensor")."""
+    steps: int | None = None
+    """lookbehind_sam (2): ascent steps."""
     theta: float | None = None
     """vasso (0.9): weight of the present gradient in (0, 1]."""
     rho_schedule: str | None = None
