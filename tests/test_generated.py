@@ -2,7 +2,6 @@
 
 import pytest
 
-import generate
 from generate import ROOT, card_text, names_wanted, presets, table, texts_wanted
 from hf_sharp._presets.names import METHODS
 
@@ -29,8 +28,3 @@ def test_a_page_without_marks_is_named(tmp_path):
     (tmp_path / "sam.md").write_text("# sam\n")
     with pytest.raises(SystemExit, match=r"sam.md has no '<!-- generated: options -->'"):
         card_text(tmp_path / "sam.md")
-
-
-def test_a_second_run_changes_nothing(capsys):
-    generate.main()
-    assert capsys.readouterr().out == ""

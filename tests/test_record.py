@@ -28,9 +28,10 @@ from hf_sharp import (
 from hf_sharp._integrations.record import PLAIN_VALUES, columns_of, differences, record_of
 from hf_sharp._integrations.search import searched
 from hf_sharp._presets.config import read_method, settings_of
-from hf_sharp._presets.fields import Options, declare
 from hf_sharp._presets.names import METHODS
 from models import mlp_rows, text_rows, tiny_bert, tiny_mlp
+from unlearn_runs import build as build_unlearning
+from unlearn_runs import tiny_gpt2
 
 SAM_COLUMNS = {
     "sharp_method": "sam",
@@ -58,7 +59,7 @@ class Tracker(TrainerCallback):
         self.told, self.later = {}, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.told = {name: value for name, value in args.to_dict().items() if name.startswith("sharp")}
+        self.told = {name: value for name, value in args.to_dict().items() if name.startswith(("sharp", "unlearn"))}
         assert self.told.items() <= json.loads(args.to_json_string()).items()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -160,17 +161,7 @@ def test_records_of_earlier_releases_are_read(tmp_path):
     assert differences(old, fsam(every=3), "nearest") == []
 
 
-@pytest.fixture
-def names_put_back():
-    """Names given in a test are gone afterwards."""
-    before = dict(METHODS)
-    yield
-    METHODS.clear()
-    METHODS.update(before)
-    declare(Options, METHODS)
-
-
-def test_a_method_of_a_users_own_is_known_by_name(tmp_path, names_put_back):
+def test_a_method_of_a_users_own_is_known_by_name(tmp_path):
     @preset
     def every_other_sam(rho: float = 0.05, zeta: int = 2) -> hf_sharp.Method:
         """SAM at some steps.
@@ -191,7 +182,7 @@ def test_a_method_of_a_users_own_is_known_by_name(tmp_path, names_put_back):
     assert SharpConfig(rho=0.1) == SharpConfig.from_dict({"method": "sam", "rho": 0.1})
 
 
-def test_a_name_or_an_option_that_is_taken_is_refused(names_put_back):
+def test_a_name_or_an_option_that_is_taken_is_refused():
     def sam(rho: float = 0.05):
         return SAM(Perturbation(rho))
 
@@ -229,15 +220,32 @@ def many(*rho: float):
 
 
 @pytest.mark.parametrize("function", [no_default, no_type, a_list, many], ids=lambda function: function.__name__)
-def test_what_no_command_line_can_give_is_refused(function, names_put_back):
+def test_what_no_command_line_can_give_is_refused(function):
     with pytest.raises(TypeError, match=f"{function.__name__} cannot be a preset: its parameter"):
         preset(function)
 
 
-def test_a_preset_that_makes_no_method_is_told_so(names_put_back):
+def test_a_preset_that_makes_no_method_is_told_so():
     @preset
     def nothing(rho: float = 0.05):
         return rho
 
     with pytest.raises(TypeError, match=r"nothing\(\) is a preset and returns a Method"):
         nothing()
+
+
+def test_an_unlearning_says_its_smoothing_and_its_objective(tmp_path):
+    tracker = Tracker()
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    given = {"objective": {"objective": "npo", "beta": 0.5}, "method": sam(0.01)}
+    first = build_unlearning(tiny_gpt2(), tmp_path, **given, **settings)
+    first.add_callback(tracker)
+    first.train()
+    objective = {"objective": "npo", "beta": 0.5, "retain": "nll", "retain_weight": 1.0}
+    assert tracker.told == SAM_COLUMNS | {f"unlearn_{name}": value for name, value in objective.items()}
+    record = json.loads((tmp_path / "checkpoint-1" / "sharp_config.json").read_text())
+    assert record["settings"]["rho"] == 0.01 and record["objective"] == objective
+    for other in ("gradient_difference", {"objective": "npo", "beta": 0.6}):
+        late = build_unlearning(tiny_gpt2(), tmp_path, **given | {"objective": other}, **settings)
+        with pytest.warns(UserWarning, match="trained with NPO.*beta=0.5.*goes on with"):
+            late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
