@@ -325,8 +325,8 @@ class Landscape:
 
     def compare_repetition(self) -> None:
         """Warn if a pass cannot be made again: where the first evaluation is plain, its beginning is repeated."""
-        if self.plan.is_plain and self.plan.reduce is None:
-            self._collect_first()
+        self._collect_first()
+        if self._passes.plainly and self.plan.reduce is None:
             self._passes.compare_repetition()
 
     def hand_over(self, evaluation: Evaluation) -> ParamVector:
