@@ -68,7 +68,7 @@ class AcceleratorHost(Host):
     @property
     @abstractmethod
     def accelerator(self) -> Any:
-        """The Accelerator."""
+        """The Accelerator that has prepared model and optimizer."""
 
     @property
     @abstractmethod
@@ -77,7 +77,7 @@ class AcceleratorHost(Host):
 
     @property
     def model(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The unwrapped model."""
+        """The model inside its wrappers, those of DDP and torch.compile."""
         return self.accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
 
     @property
@@ -101,7 +101,7 @@ class AcceleratorHost(Host):
     @property
     @abstractmethod
     def schedule(self) -> Schedule:
-        """Where the training is."""
+        """Step, lengths and learning rates, as far as the loop knows them."""
 
     def facts(self) -> StepFacts:
         """As Accelerate, the optimizer and the loop have them."""
@@ -146,7 +146,7 @@ class AcceleratorHost(Host):
 
     @property
     def sharded(self) -> bool:
-        """Under FSDP2."""
+        """Whether parameters are spread over ranks, as FSDP2 does it."""
         return bool(getattr(self.accelerator, "is_fsdp2", False))
 
     def recompute(self, weights: Mapping[str, Tensor]) -> Any:

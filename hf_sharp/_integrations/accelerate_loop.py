@@ -43,12 +43,12 @@ class LoopHost(AcceleratorHost):
 
     @property
     def accelerator(self) -> Accelerator:
-        """The loop's."""
+        """The one that the loop was prepared by."""
         return self._accelerator
 
     @property
     def optimizer(self) -> Any:
-        """The loop's."""
+        """The loop's prepared optimizer, in Accelerate's wrapper."""
         return self._optimizer
 
     @property
@@ -66,7 +66,7 @@ class LoopHost(AcceleratorHost):
         return self.accelerator.gradient_accumulation_steps
 
     def normaliser(self, batches: Sequence[Any] | None) -> int:
-        """The number of micro-batches."""
+        """The number of micro-batches that are divided by: the loop's, or as many as are given."""
         return self.divisor if batches is None else len(batches)
 
     def backward(

@@ -12,7 +12,7 @@ PREFIX = "added/"  # of the parameters' names in a saved state
 
 
 class Attachment:
-    """Joins a method to an optimizer, for every door alike.
+    """Joins a method to an optimizer, for every integration alike.
 
     Attributes:
         parameters: the parameters that the method trains beside the model's, by name. They are in a group of the

@@ -94,30 +94,30 @@ class ClosureHost(Host):
         return value.sum()
 
     def forward(self, batch: Any) -> Any:
-        """A closure has no outputs."""
+        """Never called: a closure has no outputs, and methods that ask for them are refused."""
         raise NotImplementedError
 
     def recompute(self, weights: Mapping[str, Tensor]) -> Any:
-        """A closure has no outputs."""
+        """Never called, for the same reason."""
         raise NotImplementedError
 
     def row_backward(self, row: Any) -> None:
-        """A closure has no rows."""
+        """Never called: a closure has no rows, and methods that ask for them are refused."""
         raise NotImplementedError
 
     def unsynced(self) -> AbstractContextManager[Any]:
-        """The closure decides."""
+        """Nothing is changed: whether gradients are reduced over ranks is the closure's own business."""
         return nullcontext()
 
     def refuse_subsets(self, reason: str) -> None:
         """Nothing to refuse: a closure gives all gradients."""
 
     def momentum(self) -> dict[str, Tensor] | None:
-        """The base optimizer's."""
+        """What the base optimizer keeps in its state, by the parameters' names."""
         return momentum_of(self.optimizer, self.parameters)
 
     def mean_over_ranks(self, tensors: list[Tensor]) -> list[Tensor]:
-        """One process."""
+        """As they are: a closure says nothing of ranks, so there is one here."""
         return tensors
 
 
@@ -208,7 +208,7 @@ class SharpOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The base's."""
+        """The base's own list, so that schedulers write into what it steps by."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -217,7 +217,7 @@ class SharpOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The base's."""
+        """The base's own state, in which checkpoints and Accelerate find what they expect."""
         return self.base.state
 
     @state.setter
@@ -226,7 +226,7 @@ class SharpOptimizer(torch.optim.Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The base's."""
+        """The base's own defaults."""
         return self.base.defaults
 
     @defaults.setter
@@ -234,7 +234,7 @@ class SharpOptimizer(torch.optim.Optimizer):
         self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The base's.
+        """Add a group to the base, whose parameters the method perturbs from then on.
 
         Args:
             param_group: as torch has it.
@@ -242,7 +242,7 @@ class SharpOptimizer(torch.optim.Optimizer):
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base's.
+        """Drop the base's gradients, the method's own parameters' included.
 
         Args:
             set_to_none: as torch has it.

@@ -146,7 +146,7 @@ WANTED = {
     "warmup": "the length of the learning rate's warm-up",
     "ranks": "gradients before they are reduced over ranks",
 }
-WAYS_OUT = {  # of needs that do not hang on how a door meets the data
+WAYS_OUT = {  # of needs that do not hang on how an integration meets the data
     "length": "Give it as total_steps= of SharpStep or steps= of the schedule, or use SharpTrainer",
     "warmup": "Give it as warmup_steps= of SharpStep or steps= of ZeroDuringWarmup, or use SharpTrainer",
     "ranks": "Use SharpTrainer, SharpStep or per_rank=False",
@@ -155,11 +155,11 @@ WAYS_OUT = {  # of needs that do not hang on how a door meets the data
 
 
 def refuse_needs(method: Method, provided: Collection[str], way_out: str) -> None:
-    """Refuse a method that needs what a door cannot give.
+    """Refuse a method that needs what an integration cannot give.
 
     Args:
         method: the method.
-        provided: what the door can give, keys of `WANTED`.
+        provided: what the integration can give, keys of `WANTED`.
         way_out: why, and what to do about a need that has no way out of its own.
 
     Raises:

@@ -37,7 +37,7 @@ class TrainerHost(AcceleratorHost):
 
     Args:
         trainer: the Trainer.
-        step: its `training_step`, below the door.
+        step: its `training_step`, below the one that runs the method.
     """
 
     def __init__(self, trainer: Trainer, step: Step) -> None:
@@ -50,12 +50,12 @@ class TrainerHost(AcceleratorHost):
 
     @property
     def accelerator(self) -> Any:
-        """The Trainer's."""
+        """The Trainer's own, read anew: a search makes another."""
         return self.trainer.accelerator
 
     @property
     def optimizer(self) -> Any:
-        """The Trainer's."""
+        """The Trainer's own, None until it has made one."""
         return self.trainer.optimizer
 
     @property

@@ -58,13 +58,13 @@ class Adaptive(Method):
         return 1 + 0.5 * (self.method.cost - 1)
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
-        """The method's opening with the whole gradient, since its length decides.
+        """The method's own plan with the whole gradient, since its length decides.
 
         Returns:
             The plan.
 
         Raises:
-            ValueError: if the method wants to look elsewhere first.
+            ValueError: if the method begins elsewhere or adds to the loss: the plain gradient decides.
         """
         plan = self.method.plan_first_pass(landscape)
         if plan.shift is not None or plan.add is not None or plan.terms is not None:

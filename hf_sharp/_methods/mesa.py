@@ -54,7 +54,7 @@ class MESA(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """Outputs with a term on them, and the number of positions of the whole window beforehand."""
         return frozenset({"outputs", "window"})
 
     @property

@@ -54,7 +54,7 @@ class SAF(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """Outputs with a term on them, the window's number of rows beforehand, and the rows' own numbers."""
         return frozenset({"outputs", "window", "index"})
 
     @property

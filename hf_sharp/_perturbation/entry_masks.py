@@ -36,7 +36,7 @@ class _Refreshed(Mask):
 
         Args:
             grad: the ascent gradient, not to be changed.
-            landscape: where this is.
+            landscape: the step's, for masks that evaluate single rows or draw by seed and step.
 
         Returns:
             Bool tensors by parameter name, equal on all ranks; and `Entries.overflow`.
@@ -46,7 +46,7 @@ class _Refreshed(Mask):
         """The parameters that are perturbed as a whole, outside the mask.
 
         Args:
-            landscape: where this is.
+            landscape: the step's, or the model's before training; only names and modules are read.
 
         Returns:
             Their names; the default is none.

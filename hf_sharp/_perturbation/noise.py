@@ -18,7 +18,7 @@ def gaussian(landscape: Landscape, sigma: float, tag: str) -> ParamVector:
     """Normal noise on all trainables.
 
     Args:
-        landscape: where this is; its seed and step decide the numbers.
+        landscape: the step's, whose seed and step decide the numbers.
         sigma: the standard deviation.
         tag: which draw of the step this is.
 
@@ -77,7 +77,7 @@ def noisy_inputs(landscape: Landscape, sigma: float) -> Iterator[None]:
     run past the hooks, so the passes inside are eager.
 
     Args:
-        landscape: where this is.
+        landscape: the step's, whose model gets the noise while this is open.
         sigma: the standard deviation.
 
     Yields:

@@ -26,7 +26,7 @@ class Part:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a door must provide, keys of `WANTED` in `refusals.py`."""
+        """What an integration must provide, keys of `WANTED` in `refusals.py`."""
         return frozenset()
 
     _state: State = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -68,7 +68,7 @@ class Part:
         """
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
-        """The parameters that are looked around in, for the note at the start of training.
+        """The parameters that are perturbed, for the note at the start of training.
 
         Args:
             landscape: the model's landscape, without data.
@@ -83,13 +83,13 @@ class Part:
         return shares
 
     def start_note(self, landscape: Landscape) -> str | None:
-        """What the note at the start of training says in place of the share of trainables that `moved` gives.
+        """What the note at the start of training says in place of the share of trainables that `perturbed` gives.
 
         Args:
             landscape: the model's landscape, without data.
 
         Returns:
-            The end of a sentence that begins with the method; None where `moved` says it all, the default.
+            The end of a sentence that begins with the method; None where `perturbed` says it all, the default.
         """
         del landscape
         return None

@@ -22,7 +22,7 @@ class Reference(Part):
 
         Args:
             batch: the micro-batch being evaluated.
-            landscape: where this is.
+            landscape: the step's, in the middle of its first pass.
 
         Returns:
             The outputs, without gradients.
@@ -32,7 +32,7 @@ class Reference(Part):
         """Called when the step's passes are made, before the optimizer moves the weights.
 
         Args:
-            landscape: where this is, the weights unshifted.
+            landscape: the step's, at the unshifted weights.
         """
 
 
@@ -96,6 +96,6 @@ class NoisyInputs(Reference):
         input_embeddings(landscape.model)
 
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
-        """The outputs with noise."""
+        """The outputs at the present weights, for noisy inputs."""
         with noisy_inputs(landscape, self.sigma):
             return landscape.outputs_at(batch)

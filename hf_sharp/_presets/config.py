@@ -169,7 +169,7 @@ MethodLike = Method | SharpConfig | Mapping[str, Any] | MethodName | None
 
 
 def read_method(method: MethodLike) -> tuple[Method | None, SharpConfig | None]:
-    """What a door was given as `method=`.
+    """The method of what a user gave as `method=`, in any of its forms.
 
     Args:
         method: a `Method`, a `SharpConfig`, a dict of its settings, a preset's name, or None.

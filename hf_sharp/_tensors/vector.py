@@ -23,8 +23,8 @@ class ParamVector:
     """One vector, kept as one tensor a parameter; None stands for zeros that nobody needs to store.
 
     The operations return new vectors and leave their operands alone, with one exception: a vector that its owner has
-    *given up* (`Evaluation.take`) is changed in place by whoever calls `own`, so that an ascent gradient becomes the
-    perturbation without a copy. Names ending in `_` work in place.
+    *donated* (`Evaluation.donate`) is changed in place by whoever calls `own`, so that an ascent gradient becomes the
+    perturbation without a copy, and raises when it is used a second time. Names ending in `_` work in place.
 
     Tensors may be sharded (`shards.py`): norms and products are then those of the whole vector, at the price of
     reducing one number over the ranks, and everything else stays on this rank.
