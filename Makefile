@@ -3,7 +3,7 @@
 #
 #   make quickstart [ARGS="--method sam"]    make test [ARGS="-k sam"]    make lint    make format    make bench    make docs
 #   make generated: what follows from the presets' signatures and docstrings (exports, types, tables) is written anew
-#   make test-oldest: the Trainer door's tests with the oldest versions supported, in an environment of their own
+#   make test-oldest: the Trainer's tests with the oldest versions supported, in an environment of their own
 #   make test-wheel: the same for the built wheel; make test-main: all tests with the main branches of the Hugging Face libraries
 #   make dist: source archive and wheel into dist/; make version: the version that they get
 # Tests run in two processes; JOBS=0 runs them in one, which a debugger needs.
