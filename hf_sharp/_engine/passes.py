@@ -138,7 +138,7 @@ class Passes:
         too_little = planned is not None and (asked.only is None or not set(asked.only) <= set(planned))
         unsynced = asked.synced != self.plan.synced and self._facts.ranks > 1
         if too_little or asked.add is not None or asked.reduce is not None or unsynced:
-            raise RuntimeError("The first evaluation gives what `Method.plan_first_pass` opened it for, no more.")
+            raise RuntimeError("The first evaluation gives what `Method.plan_first_pass` planned it for, no more.")
         first, self._first = self._first, None
         assert first is not None
         self.evaluations += 1

@@ -22,7 +22,7 @@ class Perturbation(Part):
     """The step to the worst point nearby: e = rho M g / sqrt(g' M g), M the ball's metric, on the mask's entries.
 
     Args:
-        rho: the radius, a number or a schedule (`hf_sharp._perturbation.schedules`).
+        rho: the radius, a number, a schedule such as `Linear`, or a function of the step's facts.
         ball: in which metric the radius is measured.
         mask: which weights may move; None for all.
 
