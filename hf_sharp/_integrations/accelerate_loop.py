@@ -16,9 +16,9 @@ from hf_sharp._engine.landscape import Landscape
 from hf_sharp._integrations.accelerate_host import AcceleratorHost, Schedule
 from hf_sharp._integrations.attachment import Attachment
 from hf_sharp._integrations.refusals import refuse_accelerator, refuse_needs
+from hf_sharp._integrations.states import load_state, state_of, step_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._methods.base import Method, added_by
-from hf_sharp._tensors.shards import gathered
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -226,19 +226,20 @@ class SharpStep:
         Returns:
             A dict of numbers, a string and tensors; of sharded ones all, so every rank must call this.
         """
-        own = gathered(self.method.state_dict()) | self._attachment.state_dict()
+        own = state_of(self.method, self._attachment)
         return {"step": self._host.step, "method": repr(self.method), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; warns if that was another method.
 
+        A state that does not fit this model and method is a ValueError, and nothing is taken from it.
+
         Args:
             state: the dict.
         """
         state = dict(state)
-        self._host.step, saved = int(state.pop("step")), state.pop("method")
+        step, saved = step_of(state), state.pop("method", repr(self.method))
         if saved != repr(self.method):
             warnings.warn(f"The state is that of {saved}, and training goes on with {self.method!r}.", stacklevel=2)
-        self.method.load_state_dict(self._attachment.load_state_dict(state))
-        if self._host.sharded:
-            self.method.spread_state(Landscape(self._host))
+        load_state(state, self.method, self._attachment, Landscape(self._host))
+        self._host.step = step

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sharp._perturbation.kept import check_tensor
+
 PREFIX = "added/"  # of the parameters' names in a saved state
 
 
@@ -69,31 +71,39 @@ class Attachment:
         """
         return {f"{PREFIX}{name}": parameter.detach() for name, parameter in self.parameters.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the parameters' values from a state.
 
         Args:
             state: a dict that holds what `state_dict` returned, among other things.
-
-        Returns:
-            The rest of it.
         """
         self.check(state)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[PREFIX + name])
+
+    @staticmethod
+    def without(state: Mapping[str, Any]) -> dict[str, Any]:
+        """The rest of a state.
+
+        Args:
+            state: a dict that holds what `state_dict` returned, among other things.
+
+        Returns:
+            The other things.
+        """
         return {key: value for key, value in state.items() if not key.startswith(PREFIX)}
 
-    def check(self, names: Any) -> None:
+    def check(self, state: Mapping[str, Any]) -> None:
         """Refuse a state with other parameters than these.
 
         Args:
-            names: the keys of a saved state.
+            state: a saved state.
 
         Raises:
-            ValueError: if its parameters are not these.
+            ValueError: if its parameters are not these, or have other shapes or dtypes, or are not finite.
         """
-        saved = {key.removeprefix(PREFIX) for key in names if key.startswith(PREFIX)}
+        saved = {key.removeprefix(PREFIX) for key in state if key.startswith(PREFIX)}
         if saved != set(self.parameters):
             kinds = [f"{len(s)} (such as {min(s)})" if s else "none" for s in (saved, set(self.parameters))]
             raise ValueError(
@@ -101,6 +111,8 @@ class Attachment:
                 "optimizer's state cannot fit both. Resume with the method and the adapters that wrote it, or load "
                 "its weights and train without resuming."
             )
+        for name, parameter in self.parameters.items():
+            check_tensor(PREFIX + name, state[PREFIX + name], parameter.shape, parameter.dtype)
 
     def _restart(self, values: Mapping[str, Tensor]) -> None:
         assert self._base is not None

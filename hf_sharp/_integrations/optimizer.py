@@ -18,9 +18,10 @@ from hf_sharp._engine.landscape import Landscape
 from hf_sharp._integrations.attachment import Attachment
 from hf_sharp._integrations.momentum import momentum_of
 from hf_sharp._integrations.refusals import refuse_needs
+from hf_sharp._integrations.states import load_state, state_of, step_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._methods.base import Method, added_by
-from hf_sharp._tensors.shards import gathered, sharded
+from hf_sharp._tensors.shards import sharded
 
 Closure = Callable[[], Any]
 SHARP = "sharp"  # the method's key in the state dict
@@ -295,21 +296,26 @@ class SharpOptimizer(torch.optim.Optimizer):
         Returns:
             A new dict.
         """
-        own = gathered(self.method.state_dict()) | self._attachment.state_dict()
-        own = {"step": self._host.step, **own}
+        own = {"step": self._host.step, **state_of(self.method, self._attachment)}
         return {**self.base.state_dict(), SHARP: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, or the base's own state dict.
 
+        A method's state that does not fit this model and method is a ValueError, and nothing is taken from it.
+
         Args:
             state_dict: the dict.
         """
-        own = dict(state_dict.get(SHARP, {}))
+        own, landscape = dict(state_dict.get(SHARP, {})), Landscape(self._host)
         self._attachment.check(own)
+        step = step_of(own)
+        if SHARP in state_dict:
+            load_state(own, self.method, self._attachment, landscape)
+        else:
+            self.method.reset()
+        self._host.step = step
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != SHARP})
-        self._host.step = int(own.pop("step", 0))
-        self.method.load_state_dict(self._attachment.load_state_dict(own))
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[int, str]:

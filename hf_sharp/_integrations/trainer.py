@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
@@ -24,11 +23,11 @@ from hf_sharp._engine.terms import like, term_of
 from hf_sharp._integrations.attachment import Attachment
 from hf_sharp._integrations.refusals import refuse
 from hf_sharp._integrations.search import searched, settings_apart
+from hf_sharp._integrations.states import load_state, read_state, state_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._integrations.trainer_host import TrainerHost
 from hf_sharp._methods.base import added_by
 from hf_sharp._presets.config import MethodLike, read_method, read_record
-from hf_sharp._tensors.shards import gathered
 
 logger = logging.getLogger(__name__)
 CONFIG_NAME, STATE_NAME = "sharp_config.json", "sharp_state.safetensors"
@@ -266,7 +265,7 @@ class SharpMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore
-        state = {} if self.method is None else gathered(self.method.state_dict()) | self._sharp_attachment.state_dict()
+        state = {} if self.method is None else state_of(self.method, self._sharp_attachment)
         if self._remembers() and self.args.should_save:  # pyright: ignore
             tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
             numbers = {key: json.dumps(value) for key, value in state.items() if not isinstance(value, Tensor)}
@@ -278,7 +277,7 @@ class SharpMixin:
         config, path = Path(checkpoint) / CONFIG_NAME, Path(checkpoint) / STATE_NAME
         device: torch.device = self.args.device  # pyright: ignore
         place = "cpu" if device.type == "cpu" or self._sharp_host.sharded else str(device)
-        state = _read_state(path, place) if path.is_file() else {}
+        state = read_state(path, place) if path.is_file() else {}
         self._sharp_attachment.check(state)
         super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
         here = {"repr": repr(self.method), "rounding": self._sharp_rounding}
@@ -288,9 +287,7 @@ class SharpMixin:
                 said = f"The checkpoint was trained with {what}{saved[key]}, and goes on with {what}{here[key]}."
                 warnings.warn(said, stacklevel=2)
         if self.method is not None and path.is_file():
-            self.method.load_state_dict(self._sharp_attachment.load_state_dict(state))
-            if self._sharp_host.sharded:
-                self.method.spread_state(Landscape(self._sharp_host))
+            load_state(state, self.method, self._sharp_attachment, Landscape(self._sharp_host))
         elif self._remembers():
             warnings.warn(f"{path} is missing: the method's state (its mask, for one) starts afresh.", stacklevel=2)
 
@@ -309,16 +306,6 @@ class SharpMixin:
         card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "sharpness-aware"})
         card.text += f"\n\n### Sharpness-aware training\n\n`{self.method!r}`, {self.method.cost:g} passes a step.\n"
         card.save(path)
-
-
-def _read_state(path: Path, device: str) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            numbers = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if ":" in key}
-            # Copied, since what `get_tensor` gives on the CPU is a window on the file: it would change with the file.
-            return {**numbers, **{key: file.get_tensor(key).clone() for key in file.keys()}}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}). Resume from another checkpoint.") from error
 
 
 class SharpTrainer(SharpMixin, Trainer):

@@ -6,10 +6,12 @@ d <- (1 - theta) d + theta g  (first step: d = g);  e = rho d / ||d||;  descend 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_sharp._checks import check_share
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.ascent import Ascent
+from hf_sharp._perturbation.kept import LIKE_WEIGHTS
 from hf_sharp._tensors.vector import ParamVector
 
 
@@ -29,7 +31,7 @@ class VaSSO(Ascent):
         2.0
     """
 
-    remembers = True
+    remembers: ClassVar = {"direction": LIKE_WEIGHTS}
 
     theta: float = 0.9
 

@@ -26,6 +26,7 @@ SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule | float]] = {
 }
 ENDLESS = ("constant", "zero_during_warmup")  # schedules without an end of their own
 SCHEDULE_OPTIONS = ("rho_schedule", "rho_end")
+BROKEN = "It was cut short or changed by hand. Take that of another checkpoint."
 CALL_IT = " A preset or class makes a method when it is called: sam(), not sam."
 
 
@@ -238,7 +239,10 @@ class SharpConfig:
             raise ValueError(
                 f"{path} records the method {saved['repr']}, which no settings describe; build it in Python."
             )
-        return cls.from_dict(saved["settings"] if "repr" in saved else saved)
+        settings = saved["settings"] if "repr" in saved else saved
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} has {settings!r:.80} where the settings belong. {BROKEN}")
+        return cls.from_dict(settings)
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -255,10 +259,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); it was cut short or changed by hand. Take that of another checkpoint."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON that can be read ({error}). {BROKEN}") from error
     if not isinstance(record, dict):
         raise ValueError(
             f"{path} is not a record of a method: give a checkpoint's sharp_config.json, or an object of settings."
