@@ -1,4 +1,4 @@
-"""State that does not fit the model is refused before any step, whatever is wrong with it, and nothing in it is run."""
+"""State that does not fit the model is refused before any step, whatever is wrong with it; nothing in it is run."""
 
 import copy
 import json

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from hf_sharp._engine.evaluation import Hook
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._integrations.accelerate_host import AcceleratorHost, Schedule
-from hf_sharp._integrations.attachment import Attachment
-from hf_sharp._integrations.refusals import refuse_accelerator, refuse_needs
+from hf_sharp._integrations.attachment import Attachment, base_of
+from hf_sharp._integrations.refusals import check_method, refuse_accelerator, refuse_line_search, refuse_needs
 from hf_sharp._integrations.states import load_state, state_of, step_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._methods.base import Method, added_by
+from hf_sharp._methods.own import check_is_method
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -164,16 +165,13 @@ class SharpStep:
         measure_every: int = 0,
         rounding: str = "stochastic",
     ) -> None:
-        if not isinstance(method, Method):
-            raise ValueError(
-                f"method is a Method, such as sam(rho=0.05); got {method!r}. Call the preset, or build settings: "
-                "SharpConfig(method='sam').build()."
-            )
+        check_is_method(method)
         if not hasattr(optimizer, "step_was_skipped"):
             raise ValueError(
                 "SharpStep takes model and optimizer as accelerator.prepare returned them: make it after that line."
             )
         refuse_accelerator(accelerator, method)
+        refuse_line_search(base_of(optimizer))
         several = accelerator.gradient_accumulation_steps > 1
         refuse_needs(
             method,
@@ -188,13 +186,7 @@ class SharpStep:
         self._host.seed, self._host.total_steps, self._host.warmup_steps = seed, total_steps, warmup_steps
         self._stepper = Stepper(method, self._host, rounding)
         landscape = Landscape(self._host)
-        if not landscape.facts.names:
-            raise ValueError(
-                "The optimizer holds no trainable parameter of the model, so there is nothing to perturb. Make it "
-                "from this model's parameters, some of them with requires_grad."
-            )
-        for _, part in method.named_parts():
-            part.check(landscape)
+        check_method(method, landscape, "Make the optimizer from this model's, some of them with requires_grad.")
         self._attachment = Attachment()
         self._host.added = self._attachment.parameters
         around = (self._stepper.before_update, self._stepper.after_update)

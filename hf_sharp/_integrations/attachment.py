@@ -51,7 +51,32 @@ class Attachment:
             self.parameters.update({name: nn.Parameter(value.detach().clone()) for name, value in values.items()})
             if self.parameters:
                 self._add_group(base)
+        self._listen(base, before_update, after_update)
 
+    def attach_again(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        before_update: Callable[[], None],
+        after_update: Callable[[], None],
+    ) -> None:
+        """Listen to the copy of an optimizer that has the method's parameters in it already.
+
+        Args:
+            optimizer: a torch optimizer.
+            parameters: the method's parameters in it, by name.
+            before_update: called right before every update.
+            after_update: called right after it.
+        """
+        self.detach()
+        self._base = optimizer
+        self.parameters.clear()
+        self.parameters.update(parameters)
+        self._listen(optimizer, before_update, after_update)
+
+    def _listen(
+        self, base: torch.optim.Optimizer, before_update: Callable[[], None], after_update: Callable[[], None]
+    ) -> None:
         self._handles = [
             base.register_step_pre_hook(lambda stepping, *_: None if _skips(stepping) else before_update()),
             base.register_step_post_hook(lambda stepping, *_: None if _skips(stepping) else after_update()),

@@ -17,13 +17,15 @@ from hf_sharp._engine.host import Host
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._integrations.attachment import Attachment
 from hf_sharp._integrations.momentum import momentum_of
-from hf_sharp._integrations.refusals import refuse_needs
+from hf_sharp._integrations.refusals import check_method, refuse_complex, refuse_line_search, refuse_needs
 from hf_sharp._integrations.states import load_state, state_of, step_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._methods.base import Method, added_by
+from hf_sharp._methods.own import check_is_method
 from hf_sharp._tensors.shards import sharded
 
 Closure = Callable[[], Any]
+BETWEEN = ("torch", "accelerate", "hf_sharp")  # packages whose frames stand between a user's line and a step
 SHARP = "sharp"  # the method's key in the state dict
 
 
@@ -165,11 +167,8 @@ class SharpOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"SharpOptimizer goes around a plain torch optimizer, before accelerator.prepare; got {optimizer!r}."
             )
-        if not isinstance(method, Method):
-            raise ValueError(
-                f"method is a Method, such as sam(rho=0.05); got {method!r}. Call the preset, or build settings: "
-                "SharpConfig(method='sam').build()."
-            )
+        check_is_method(method)
+        refuse_line_search(optimizer)
         host = ClosureHost(optimizer, model)
         known = {"names"} if all(not n.startswith("parameter ") for n in host.parameters) else set()
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -183,21 +182,42 @@ class SharpOptimizer(torch.optim.Optimizer):
             "A closure hides the data, and without model= there are no names. Pass model=, or use SharpTrainer or "
             "SharpStep",
         )
-        host.seed = seed
-        self.base, self.method, self._host = optimizer, method, host
-        self._stepper, self._warned = Stepper(method, host, rounding), False
+        self._set_up(optimizer, method, host, {"seed": seed, "rounding": rounding})
         landscape = Landscape(host)
-        if not landscape.facts.names:
-            raise ValueError(
-                "The optimizer holds no trainable parameter, so there is nothing to perturb. Make it from the model's "
-                "parameters, some of them with requires_grad."
-            )
-        for _, part in method.named_parts():
-            part.check(landscape)
-        self._attachment = Attachment()
-        host.added = self._attachment.parameters
+        check_method(method, landscape, "Make the optimizer from the model's parameters, some with requires_grad.")
         around = (self._stepper.before_update, self._stepper.after_update)
         self._attachment.attach(optimizer, added_by(method, landscape), *around)
+
+    def _set_up(
+        self, base: torch.optim.Optimizer, method: Method, host: ClosureHost, settings: dict[str, Any]
+    ) -> None:
+        self.base, self.method, self._host, self._settings = base, method, host, settings
+        host.seed = settings["seed"]
+        self._stepper, self._warned = Stepper(method, host, settings["rounding"]), False
+        self._attachment = Attachment()
+        host.added = self._attachment.parameters
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made from: base, method (with what it keeps), model, settings; hooks are made anew.
+
+        Returns:
+            A dict.
+        """
+        own, given = dict(self._attachment.parameters), self._host._given
+        steps = {"step": self._host.step, "largest": self._host._largest}
+        return {"base": self.base, "method": self.method, "model": given, "added": own, **self._settings, **steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make this optimizer from what `__getstate__` gave.
+
+        Args:
+            state: that.
+        """
+        host = ClosureHost(state["base"], state["model"])
+        host.step, host._largest = state["step"], state["largest"]
+        self._set_up(state["base"], state["method"], host, {key: state[key] for key in ("seed", "rounding")})
+        around = (self._stepper.before_update, self._stepper.after_update)
+        self._attachment.attach_again(self.base, state["added"], *around)
 
     def __repr__(self) -> str:
         return f"SharpOptimizer({self.base!r}, {self.method!r})"
@@ -240,7 +260,12 @@ class SharpOptimizer(torch.optim.Optimizer):
         Args:
             param_group: as torch has it.
         """
-        self.base.add_param_group(param_group)
+        members = param_group["params"]
+        members = members if isinstance(members, Tensor | set) else list(members)  # torch refuses sets by itself
+        each = [members] if isinstance(members, Tensor) else members
+        named = [member if isinstance(member, tuple) else ("of the new group", member) for member in each]
+        refuse_complex({name: parameter for name, parameter in named if parameter.requires_grad})
+        self.base.add_param_group({**param_group, "params": members})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's.
@@ -287,7 +312,7 @@ class SharpOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 f"SharpOptimizer.step() without a closure steps the base optimizer: {name} had no part in this "
                 "gradient. Pass a closure, or use SharpTrainer or SharpStep.",
-                stacklevel=3,
+                stacklevel=_level_of_caller(),
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -326,6 +351,20 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[in
         for group in optimizer.param_groups
         for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
     }
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` of the line outside of torch, Accelerate and this library that led to the warning here.
+
+    Schedulers and Accelerate wrap `step`, so that how far up that line stands differs.
+
+    Returns:
+        The level.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in BETWEEN:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _under_scaler() -> bool:

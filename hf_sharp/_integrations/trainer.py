@@ -20,13 +20,14 @@ from transformers import Seq2SeqTrainer, Trainer
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.rows import SAMPLE_INDEX
 from hf_sharp._engine.terms import like, term_of
-from hf_sharp._integrations.attachment import Attachment
-from hf_sharp._integrations.refusals import refuse
+from hf_sharp._integrations.attachment import Attachment, base_of
+from hf_sharp._integrations.refusals import check_method, refuse, refuse_line_search
 from hf_sharp._integrations.search import searched, settings_apart
 from hf_sharp._integrations.states import load_state, read_state, state_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._integrations.trainer_host import TrainerHost
 from hf_sharp._methods.base import added_by
+from hf_sharp._methods.own import check_class
 from hf_sharp._presets.config import MethodLike, read_method, read_record
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class SharpMixin:
         self._sharp_attachment = Attachment()
         self._sharp_host.added = self._sharp_attachment.parameters
         if self.method is not None:
+            check_class(self.method)
             refuse(self, self.method)  # pyright: ignore
             self._sharp_stepper = Stepper(self.method, self._sharp_host, rounding)
             if self.model is not None:  # pyright: ignore
@@ -171,6 +173,8 @@ class SharpMixin:
         optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore
         stepper = self._sharp_stepper
         if stepper is not None:
+            self._check_method()  # once more, with what the optimizer is known to keep and to train
+            refuse_line_search(base_of(self.optimizer))  # pyright: ignore
             values = added_by(stepper.method, Landscape(self._sharp_host))
             around = (stepper.before_update, stepper.after_update)
             self._sharp_attachment.attach(self.optimizer, values, *around)  # pyright: ignore
@@ -178,14 +182,8 @@ class SharpMixin:
 
     def _check_method(self) -> None:
         assert self.method is not None
-        landscape = Landscape(self._sharp_host)
-        if not landscape.facts.names:
-            raise ValueError(
-                "The model has no trainable parameter, so there is nothing to perturb: unfreeze some with "
-                "requires_grad_(True), or add adapters."
-            )
-        for _, part in self.method.named_parts():
-            part.check(landscape)
+        way_out = "Unfreeze some of the model's with requires_grad_(True), or add adapters."
+        check_method(self.method, Landscape(self._sharp_host), way_out)
 
     def describe_method(self) -> str:
         """What the method moves in this model, in one line; printed when training starts.
