@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.rows import SAMPLE_INDEX
 from hf_sharp._engine.terms import like, term_of
 from hf_sharp._integrations.attachment import Attachment, base_of
+from hf_sharp._integrations.notes import seen_weights, uncompiled
 from hf_sharp._integrations.refusals import check_method, refuse, refuse_line_search
 from hf_sharp._integrations.search import searched, settings_apart
 from hf_sharp._integrations.states import load_state, read_state, state_of
@@ -40,9 +42,9 @@ class SharpMixin:
     It overrides `get_batch_samples` (to see the accumulation window), `training_step` (to run the method at the
     window's last micro-batch, through the Trainer's own `training_step`), `create_optimizer` (for methods that have
     parameters of their own or act right before an update), and, for what is written and read around them,
-    `_inner_training_loop`, `_hp_search_setup`, `floating_point_ops`, `log`, `_save`, `_save_optimizer_and_scheduler`,
-    `_load_optimizer_and_scheduler` and `create_model_card`. Clipping, scaler, optimizer, scheduler, logging and
-    saving stay the Trainer's.
+    `_inner_training_loop`, `_hp_search_setup`, `floating_point_ops`, `log`, `save_model`,
+    `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler` and `create_model_card`. Clipping, scaler,
+    optimizer, scheduler, logging and saving stay the Trainer's.
 
     Its arguments are those of `SharpTrainer`.
     """
@@ -195,15 +197,16 @@ class SharpMixin:
             return "hf_sharp: plain training (no method)."
         landscape = Landscape(self._sharp_host)
         told = [text for _, part in self.method.named_parts() if (text := part.start_note(landscape)) is not None]
+        compiled = self.args.torch_compile or is_compiled_module(self.model)  # pyright: ignore
+        note = f"at {self.method.cost:g} passes a step.{uncompiled(self.method) if compiled else ''}"
         if told:
-            return f"hf_sharp: {self.method!r} {told[0]}, at {self.method.cost:g} passes a step."
+            return f"hf_sharp: {self.method!r} {told[0]}, {note}"
         sizes = {name: p.numel() for name, p in landscape.facts.parameters.items()}
         moved = self.method.perturbed(landscape)
         entries, everything = round(sum(sizes[name] * share for name, share in moved.items())), sum(sizes.values())
         return (
             f"hf_sharp: {self.method!r} perturbs {len(moved)} of {len(sizes)} trainable tensors "
-            f"({entries:,} of {everything:,} entries, {100 * entries / everything:.1f} %) "
-            f"at {self.method.cost:g} passes a step."
+            f"({entries:,} of {everything:,} entries, {100 * entries / everything:.1f} %) {note}"
         )
 
     def _describe_arguments(self) -> None:
@@ -237,11 +240,10 @@ class SharpMixin:
         negligible = metrics.get("sharp_radius", 1.0) < 1e-4  # TRAM's radius starts at zero and may stay there
         if not self._sharp_warned and not negligible and (abs(component - 1) > 0.25 or noise > 2):
             self._sharp_warned = True
-            dtype = next(iter(self._sharp_host.parameters.values())).dtype
+            where, way_out = seen_weights(self._sharp_host)
             warnings.warn(
                 f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of "
-                f"{noise:.2f} times its length: so small a step rounds away in weights of {dtype}. Use float32 "
-                "weights with bf16=True, adapters, or a larger rho.",
+                f"{noise:.2f} times its length: so small a step rounds away in weights {where}. {way_out}",
                 stacklevel=2,
             )
         return metrics
@@ -252,13 +254,15 @@ class SharpMixin:
         settings = None if self.sharp_config is None else self.sharp_config.to_dict()
         return {"repr": repr(self.method), "settings": settings, "rounding": self._sharp_rounding}
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)  # pyright: ignore
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with the record of the method beside the model, also where it leaves shards to later."""
+        super().save_model(output_dir, *args, **kwargs)  # pyright: ignore
         if self.args.should_save:  # pyright: ignore
             path = Path(output_dir if output_dir is not None else self.args.output_dir) / CONFIG_NAME  # pyright: ignore
             if self.method is None:
                 path.unlink(missing_ok=True)  # of an earlier training into the same folder
             else:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
