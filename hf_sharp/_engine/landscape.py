@@ -70,7 +70,7 @@ class Landscape:
     def _set_up(self, window: Window, measuring: bool) -> None:
         self.window, self.measuring = window, measuring
         self._passes = Passes(self._host, self.facts, window, self.ranks, self._resources.undo)
-        self._mover = Mover(self._host, self.facts, self._resources, measuring)
+        self._mover = Mover(self._host, self.facts, self._resources, measuring, self._tape.kept)
         self.losses: dict[str, Tensor] = {}
         self._terms: dict[str, Landscape] = {}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sharp._engine import gradients
+from hf_sharp._engine import gradients, rows
 from hf_sharp._engine.evaluation import Evaluation, FirstPass, Hook, Names
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
@@ -185,7 +185,8 @@ class Passes:
         with self._window.kept(), self._evaluation_mode():
             for row in singles[:samples]:
                 self.clear()
-                self._host.row_backward(row)
+                with rows.kept(row):
+                    self._host.row_backward(row)
                 self.evaluations += 1 / len(singles)
                 yield self._collect(None)
 

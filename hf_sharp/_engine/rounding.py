@@ -60,8 +60,9 @@ def cast_by_autocast(modules: Iterable[nn.Module]) -> set[int]:
     """
     modules = list(modules)
     matrices = [m for m in modules if isinstance(m, nn.Linear | _ConvNd) or type(m).__name__ == "Conv1D"]
-    tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
-    return {id(m.weight) for m in matrices} - tables
+    tables = {id(m._parameters.get("weight")) for m in modules if isinstance(m, nn.Embedding)}
+    # Read where parameters are kept: `m.weight` of a parametrized module is made anew, and may move its state.
+    return {id(m._parameters["weight"]) for m in matrices if m._parameters.get("weight") is not None} - tables
 
 
 def grids_of(

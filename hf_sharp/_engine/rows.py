@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SAMPLE_INDEX = "sample_index"  # the column that numbers the rows of a data set, for methods that know them again
+COPIED = 4 * 2**20  # bytes of the largest tensor of a micro-batch that is copied before its first pass
 WAY_OUT = (
     "Use several micro-batches (gradient_accumulation_steps), of which fraction= takes whole ones, fisher='batch', or "
     "a method that takes no part of a batch."
@@ -82,17 +85,104 @@ def versions(batch: Any) -> dict[str, int]:
         torch's version counters by where the tensor stands, such as "pixel_values" or "images.0"; of inference
         tensors, which have none, nothing.
     """
-    found: dict[str, int] = {}
+    return {place: tensor._version for place, tensor in places(batch).items() if not tensor.is_inference()}
+
+
+def places(batch: Any) -> dict[str, Tensor]:
+    """The tensors of a micro-batch by where they stand.
+
+    Args:
+        batch: tensors, in any nesting of dicts, lists and tuples.
+
+    Returns:
+        Tensors by a name such as "pixel_values" or "images.0".
+    """
+    found: dict[str, Tensor] = {}
     waiting = [("", batch)]
     while waiting:
         place, value = waiting.pop()
         if isinstance(value, Tensor):
-            if not value.is_inference():
-                found[place] = value._version
+            found[place] = value
         elif isinstance(value, Mapping | list | tuple):
             pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
             waiting += [(f"{place}.{key}".lstrip("."), inner) for key, inner in pairs]
     return found
+
+
+def copies(batch: Any) -> dict[str, Tensor]:
+    """Copies of the tensors of a micro-batch that models change in place: ids, masks and labels.
+
+    Such tensors are small. Pixels and other floating inputs are not copied.
+
+    Args:
+        batch: tensors, in any nesting of dicts, lists and tuples.
+
+    Returns:
+        Copies of the integer and boolean tensors of at most 4 MiB, by the places that `versions` gives.
+    """
+    return {place: tensor.clone() for place, tensor in places(batch).items() if _is_small(tensor)}
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) and tensor.nbytes <= COPIED
+
+
+def changed(batch: Any, copied: Mapping[str, Tensor], before: Mapping[str, int]) -> dict[str, Tensor]:
+    """The tensors of a micro-batch that were changed in place.
+
+    Args:
+        batch: tensors, in any nesting of dicts, lists and tuples.
+        copied: what `copies` gave for it.
+        before: what `versions` gave for it at that time.
+
+    Returns:
+        These tensors, by where they stand.
+
+    Raises:
+        RuntimeError: if there is no copy of one.
+    """
+    found = {place: tensor for place, tensor in places(batch).items() if not tensor.is_inference()}
+    moved = {place: tensor for place, tensor in found.items() if before.get(place) != tensor._version}
+    lost = [place for place in moved if place not in copied]
+    if lost:
+        raise RuntimeError(
+            f"The model or the loss changes its inputs in place ({', '.join(lost)}), so a second pass would see "
+            "other data than the first. Change a copy of them."
+        )
+    return moved
+
+
+@contextmanager
+def kept(
+    batch: Any, copied: Mapping[str, Tensor] | None = None, before: Mapping[str, int] | None = None
+) -> Iterator[None]:
+    """While open, a micro-batch has the values of an earlier time; afterwards those that it has now.
+
+    Args:
+        batch: tensors, in any nesting of dicts, lists and tuples.
+        copied: what `copies` gave for it then; None for now.
+        before: what `versions` gave for it then.
+
+    Yields:
+        Nothing.
+    """
+    now, versions_now = copies(batch), versions(batch)
+    if copied is not None and before is not None:
+        set_values(changed(batch, copied, before), copied)
+    yield
+    set_values(changed(batch, now, versions_now), now)
+
+
+@torch.no_grad()
+def set_values(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Change tensors in place to other values.
+
+    Args:
+        tensors: by name.
+        values: by the same names.
+    """
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
 
 
 def part(batch: Any, rows: slice) -> Any:

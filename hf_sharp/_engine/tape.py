@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hf_sharp._engine import rows
 from hf_sharp._engine.random_state import RandomState
@@ -20,11 +21,13 @@ class Entry(NamedTuple):
     Attributes:
         draws: the random streams.
         versions: how often the batch's tensors had been changed in place.
+        copies: the values of those that models change in place.
         change: what the pass then moved, with the values of before.
     """
 
     draws: RandomState
     versions: dict[str, int]
+    copies: dict[str, Tensor]
     change: Change
 
 
@@ -52,14 +55,11 @@ class Tape:
         Yields:
             The number of its entry.
         """
-        draws, versions, before = (
-            RandomState.record(self._devices),
-            rows.versions(batch),
-            self._resources.state.record(),
-        )
+        draws, before = RandomState.record(self._devices), self._resources.state.record()
+        versions, copies = rows.versions(batch), rows.copies(batch)
         self._present = draws
         yield len(self._entries)
-        self._entries.append(Entry(draws, versions, self._resources.state.changes(before)))
+        self._entries.append(Entry(draws, versions, copies, self._resources.state.changes(before)))
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -77,23 +77,29 @@ class Tape:
         ):
             yield
 
-    def rewind(self, number: int, batch: Any) -> None:
-        """Inside `kept`: draws and state are as they were when a first pass began.
+    def inputs(self, number: int, batch: Any) -> AbstractContextManager[None]:
+        """While open, a micro-batch is what it was when its first pass began; afterwards what that pass made of it.
 
         Args:
             number: of the entry.
             batch: the micro-batch.
 
-        Raises:
-            RuntimeError: if its tensors were changed in place since.
+        Returns:
+            The context.
         """
         entry = self._entries[number]
-        moved = [key for key, version in rows.versions(batch).items() if entry.versions.get(key) != version]
-        if moved:
-            raise RuntimeError(
-                f"The model or the loss changes its inputs in place ({', '.join(moved)}), so a second pass would see "
-                "other data than the first. Change a copy of them."
-            )
+        return rows.kept(batch, entry.copies, entry.versions)
+
+    def rewind(self, number: int, batch: Any) -> None:
+        """Inside `kept`: draws, state and the micro-batch are as they were when a first pass began.
+
+        Args:
+            number: of the entry.
+            batch: the micro-batch.
+        """
+        entry = self._entries[number]
+        rows.set_values(rows.changed(batch, entry.copies, entry.versions), entry.copies)
+        self._entries[number] = entry = entry._replace(versions=rows.versions(batch))
         self._resources.state.rewind([later.change for later in self._entries[number:]])
         self._present = entry.draws
         entry.draws.restore()

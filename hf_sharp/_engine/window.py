@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -164,13 +164,13 @@ class Window:
             The loss of each.
         """
         losses = []
-        with self._tape.kept():
+        with self.kept():
             for index, (batch, normaliser, entry) in enumerate(passes):
                 self.current = index
                 if entry is not None:
                     self._tape.rewind(entry, batch)
                 last = index + 1 == len(passes)
-                with self._reduction(apart, last, sharded):
+                with rows.kept(batch) if entry is None else nullcontext(), self._reduction(apart, last, sharded):
                     losses.append(self._host.backward(batch, normaliser, only, hook))
         return losses
 
@@ -180,20 +180,27 @@ class Window:
         Yields:
             The outputs of each micro-batch, and the micro-batch.
         """
-        with self._tape.kept():
+        with self.kept():
             for index, (batch, _, entry) in enumerate(self._first):
                 self.current = index
                 assert entry is not None
                 self._tape.rewind(entry, batch)
                 yield self._host.forward(batch), batch
 
-    def kept(self) -> AbstractContextManager[None]:
-        """While open, passes leave no trace in random streams and state.
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While open, passes leave no trace in random streams, state and micro-batches.
 
-        Returns:
-            The context.
+        The micro-batches are meanwhile what they were before their first passes, which may have changed ids in place.
+
+        Yields:
+            Nothing.
         """
-        return self._tape.kept()
+        with self._tape.kept(), ExitStack() as inputs:
+            for batch, _, entry in self._first:
+                if entry is not None:
+                    inputs.enter_context(self._tape.inputs(entry, batch))
+            yield
 
     def single_rows(self) -> Iterator[Any]:
         """Its rows one by one.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hf_sharp._engine import rows
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.rounding import grids_of
@@ -64,6 +65,7 @@ class AcceleratorHost(Host):
         self._no_subsets: str | None = None
         self.added: Mapping[str, nn.Parameter] = MappingProxyType({})  # what the method has in the optimizer
         self._call: tuple[Any, dict[str, Any]] | None = None
+        self._inputs: tuple[dict[str, Tensor], dict[str, int]] = {}, {}
 
     @property
     @abstractmethod
@@ -156,9 +158,18 @@ class AcceleratorHost(Host):
                 "The loss does not call the model, so there are no outputs to look at. Call the model in the "
                 "loss, or use a method of gradients alone, such as SAM."
             )
-        args, keywords = self._call
+        args, keywords = self._given()
         buffers = buffer_copies(self.model)  # a graph may have saved the buffers themselves
         return functional_call(self.model, {**buffers, **weights}, args, keywords)
+
+    def _given(self) -> tuple[Any, dict[str, Any]]:
+        """What the model was called with in this pass: a forward that changes its inputs in place has another now."""
+        assert self._call is not None
+        (args, keywords), (copied, before) = self._call, self._inputs
+        moved = rows.changed({**keywords, **{str(i): arg for i, arg in enumerate(args)}}, copied, before)
+        values = {name: copied[name].clone() for name in moved}
+        args = tuple(values.get(str(index), arg) for index, arg in enumerate(args))
+        return args, {name: values.get(name, value) for name, value in keywords.items()}
 
     @contextmanager
     def watched(self) -> Iterator[list[Any]]:
@@ -171,6 +182,8 @@ class AcceleratorHost(Host):
 
         def before(module: nn.Module, args: Any, keywords: Any) -> None:
             self._call = (args, dict(keywords))
+            named = {**keywords, **{str(index): arg for index, arg in enumerate(args)}}
+            self._inputs = rows.copies(named), rows.versions(named)
 
         handles = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),

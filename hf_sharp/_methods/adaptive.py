@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_sharp._checks import check_share
 from hf_sharp._engine.evaluation import Evaluation, FirstPass
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
+from hf_sharp._perturbation.kept import NUMBER
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Adaptive(Method):
         1.5
     """
 
-    remembers = True
+    remembers: ClassVar = {"mu": NUMBER, "var": NUMBER}
 
     method: Method
     lam1: float = -1.0

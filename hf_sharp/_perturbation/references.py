@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_sharp._checks import check_at_least_zero
 from hf_sharp._engine.landscape import Landscape
+from hf_sharp._perturbation.kept import LIKE_WEIGHTS
 from hf_sharp._perturbation.noise import input_embeddings, noisy_inputs
 from hf_sharp._perturbation.part import Part
 
@@ -40,7 +41,7 @@ class Reference(Part):
 class PreviousWeights(Reference):
     """The weights of the step before (TRAM-theta_{t-1}); at the first step the present ones, a divergence of zero."""
 
-    remembers = True
+    remembers: ClassVar = {"weights": LIKE_WEIGHTS}
 
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
         """The outputs at the remembered weights."""
@@ -60,7 +61,7 @@ class PretrainedWeights(Reference):
     switched off, without switching anything.
     """
 
-    remembers = True
+    remembers: ClassVar = {"weights": LIKE_WEIGHTS}
 
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
         """The outputs at the first weights."""
