@@ -21,7 +21,7 @@ kept from step to step, divides by `facts.loss_scale`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -311,6 +311,17 @@ class Landscape:
         """
         return self._mover.restored(weights)
 
+    def region(self, put_back: Callable[[], None]) -> AbstractContextManager[None]:
+        """While open, something else is out of its place: a hook, a module's forward.
+
+        Args:
+            put_back: puts it back, and may be called twice; it is called whatever happens, Ctrl-C at any point too.
+
+        Returns:
+            The context; move things inside it.
+        """
+        return self._resources.undo.region(put_back)
+
     # --- for the stepper ---------------------------------------------------------------------------------------------
 
     @property
@@ -380,8 +391,13 @@ class Landscape:
         return evaluation.grad
 
     def clear(self) -> None:
-        """Drop all gradients, as after a step that failed."""
+        """Drop all gradients."""
         self._passes.clear()
+
+    def abandon(self) -> None:
+        """Drop all gradients and put back what the first passes moved: after a step that failed."""
+        self._passes.clear()
+        self._tape.undo()
 
     def close(self) -> None:
         """Let go of the window and of what the method asked for, which refers back to this landscape."""

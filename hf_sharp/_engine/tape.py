@@ -10,8 +10,8 @@ import torch
 
 from hf_sharp._engine import rows
 from hf_sharp._engine.random_state import RandomState
+from hf_sharp._engine.records import Change, Record
 from hf_sharp._engine.resources import Resources
-from hf_sharp._engine.state import Change
 
 
 class Entry(NamedTuple):
@@ -40,6 +40,7 @@ class Tape:
         self._resources = resources
         self._devices = devices
         self._entries: list[Entry] = []
+        self._begun: Record | Change | None = None  # of the first pass that is being made
         self._present: RandomState | None = None  # the draws of the pass that is being made, from its beginning
 
     @contextmanager
@@ -57,9 +58,25 @@ class Tape:
             rows.versions(batch),
             self._resources.state.record(),
         )
-        self._present = draws
+        self._present, self._begun = draws, before
         yield len(self._entries)
-        self._entries.append(Entry(draws, versions, self._resources.state.changes(before)))
+        self._begun = change = self._resources.state.changes(before)
+        self._entries.append(Entry(draws, versions, change))
+        self._begun = None
+
+    def undo(self) -> None:
+        """Put back what first passes moved, from the last to the first, also one that was cut off.
+
+        The random streams stay where the passes left them: a step made again draws other dropout, as it does after an
+        exception in plain training.
+        """
+        if isinstance(self._begun, Record):
+            self._resources.state.put_back_to(self._begun)
+        elif self._begun is not None:
+            self._begun.undo()
+        for entry in reversed(self._entries):
+            entry.change.undo()
+        self._begun, self._entries = None, []
 
     @contextmanager
     def kept(self) -> Iterator[None]:

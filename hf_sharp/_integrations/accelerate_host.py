@@ -16,6 +16,7 @@ from torch.func import functional_call
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.rounding import grids_of
+from hf_sharp._engine.switches import eager
 from hf_sharp._engine.weights import buffer_copies
 from hf_sharp._integrations.labels import shifts_labels
 from hf_sharp._integrations.momentum import momentum_of
@@ -172,17 +173,17 @@ class AcceleratorHost(Host):
         def before(module: nn.Module, args: Any, keywords: Any) -> None:
             self._call = (args, dict(keywords))
 
-        handles = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(lambda module, args, output: outputs.append(output)),
-        ]
+        handles: list[Any] = []
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
 
-        with self.undo.region(remove), torch.compiler.set_stance("force_eager"):
-            yield outputs  # eagerly, since compiled code draws other dropout than `recompute` can
+        model = self.model
+        with self.undo.region(remove), eager(self.undo.region):  # compiled code draws other dropout than `recompute`
+            handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(model.register_forward_hook(lambda module, args, output: outputs.append(output)))
+            yield outputs
 
     @contextmanager
     def replaced(self, owner: Any, name: str, replacement: Any) -> Iterator[None]:
@@ -210,7 +211,19 @@ class AcceleratorHost(Host):
 
     def unsynced(self) -> AbstractContextManager[Any]:
         """Accelerate's `no_sync`, as loops use it for all but a window's last micro-batch."""
-        return self._reducing(False) if self.sharded else self.accelerator.no_sync(self.wrapped)
+        return self._reducing(False) if self.sharded else self._unreduced()
+
+    @contextmanager
+    def _unreduced(self) -> Iterator[None]:
+        model = self.wrapped
+        kept = getattr(model, "require_backward_grad_sync", None)  # of DDP
+
+        def put_back() -> None:
+            if kept is not None:
+                model.require_backward_grad_sync = kept
+
+        with self.undo.region(put_back), self.accelerator.no_sync(model):
+            yield
 
     def synced(self) -> AbstractContextManager[Any]:
         """Every backward reduces and scatters."""

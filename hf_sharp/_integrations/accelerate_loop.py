@@ -209,16 +209,16 @@ class SharpStep:
         Returns:
             The detached loss that `loss_fn` gave for it.
         """
-        host, stepper = self._host, self._stepper
+        host, stepper, divisor = self._host, self._stepper, self._host.divisor
         if not stepper.open:
-            stepper.begin_window([batch], size=host.divisor)
+            stepper.begin_window([batch], size=divisor)
         last = host.accelerator.sync_gradients
         measuring = bool(self._every) and host.step % self._every == 0
         loss = stepper.micro_batch(batch, last, measuring)
         if last:
             host.step += 1
             self.metrics = stepper.pop_metrics() if measuring else self.metrics
-        return loss * host.divisor
+        return loss * divisor
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the method's state, for `accelerator.register_for_checkpointing`.

@@ -12,6 +12,7 @@ from hf_sharp._engine.evaluation import Action, Evaluation
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.resources import Resources
+from hf_sharp._engine.switches import Switches
 from hf_sharp._methods.base import Method
 from hf_sharp._perturbation.part import State
 from hf_sharp._tensors.vector import ParamVector
@@ -83,7 +84,9 @@ class Stepper:
     def micro_batch(self, batch: Any, last: bool, measuring: bool = False) -> Tensor:
         """One micro-batch of the window; at the last one the method runs and its gradient is handed over.
 
-        After an exception weights, state and the method's memory are what they were, and no gradients are left.
+        After an exception, Ctrl-C at any point included, weights, buffers and other state of the forward, switches of
+        torch and the method's memory are what they were before the window, and no gradients are left. The random
+        streams stay where the passes have left them.
 
         Args:
             batch: the next micro-batch, the announced object or what the host made of it.
@@ -93,6 +96,7 @@ class Stepper:
         Returns:
             The loss that the host logs.
         """
+        switches = Switches.record()
         try:
             landscape = self._continue() or self._open(measuring)
             loss = landscape.first_pass(batch, last)
@@ -103,6 +107,7 @@ class Stepper:
                 self._left = gradients.mark(landscape.facts.parameters.values())
         except BaseException:
             self._abandon()
+            switches.restore()
             raise
         return loss
 
@@ -148,6 +153,7 @@ class Stepper:
         if now == self._left:
             return landscape
         if all(p.grad is None for p in parameters):  # the host has dropped them, and so begins anew
+            self.method.rollback(self._before)
             self._forget_window()
             return None
         raise RuntimeError(
@@ -193,12 +199,13 @@ class Stepper:
         self._landscape, self._before, self._left, self._earlier = None, {}, [], None
 
     def _abandon(self) -> None:
+        """The window has failed: everything but the random streams is again as it was before it."""
         self._resources.undo.everything()
         if self._landscape is not None:
             self.method.rollback(self._before)
-            self._landscape.clear()
+            self._landscape.abandon()
         self._forget_window()
-        self._batches, self._given, self._finished = [], 0, False
+        self._batches, self._given, self._finished, self._actions = [], 0, False, (None, None)
 
     def _overflowed(self, grad: ParamVector) -> bool:
         """Whether the host will skip the step. Without a scaler none does, and asking a device would wait for it."""
@@ -249,8 +256,15 @@ class Stepper:
             after()
 
     def end(self) -> None:
-        """Training has ended: nothing is announced any more, and what was not finished is forgotten."""
-        self._abandon()
+        """Training has ended: nothing is announced any more, and what was not finished is forgotten.
+
+        What first passes of an unfinished window moved (BatchNorm's statistics) stays moved, as in plain training.
+        """
+        if self._landscape is not None:
+            self.method.rollback(self._before)
+            self._landscape.clear()
+        self._forget_window()
+        self._batches, self._given, self._finished, self._actions = [], 0, False, (None, None)
 
 
 def checked(evaluation: Any, method: Method) -> Evaluation:
