@@ -82,7 +82,7 @@ def parse() -> tuple[Arguments, dict[str, SharpConfig], Seq2SeqTrainingArguments
     configs = {}
     for label in dict.fromkeys([*args.compare, sharp.method]):
         own = {key: value for key, value in sharp.to_dict().items() if key in options_of(label)}
-        configs[label] = sharp if label == sharp.method else SharpConfig(method=label, **own)
+        configs[label] = sharp if label == sharp.method else SharpConfig.from_dict({**own, "method": label})
         configs[label].build()
     return args, configs, training
 

@@ -26,7 +26,7 @@ from hf_sharp import (
     vasso,
 )
 from hf_sharp.unlearning import ForgetRetainCollator, ForgetRetainDataset
-from hf_sharp.unlearning._trainer import sum_of
+from hf_sharp.unlearning._smoothing import sum_of
 from models import tiny_llama
 from references import flat, layout_of, sgd
 from training import Tripwire, weights
