@@ -1,7 +1,8 @@
 """Ctrl-C anywhere in a step: everything is as it was before the step, and the step can be made again.
 
 The interrupt is raised at the entry of a Python function, ours or anybody's, one entry after the other. By hand, all
-of them: `python tests/test_interrupts.py trainer,loop [methods]`, which prints how many there are and how many leave a trace.
+of them: `python tests/test_interrupts.py trainer,loop [methods]`, which prints how many there are and which leave a
+trace.
 """
 
 import gc
@@ -122,15 +123,15 @@ def gradients(run):
 
 def surroundings(run):
     """Everything without: names, hooks, switches, by which object they are where that matters."""
-    modules = [
-        (m.training, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), *map(id, m._parameters.values()))
-        for m in run.model.modules()
-    ]
+    modules = []
+    for module in run.model.modules():
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+        modules.append((module.training, sorted(vars(module)), hooks, list(map(id, module._parameters.values()))))
     owners = [sorted(vars(owner)) for owner in run.owners]
-    switches = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch._dynamo.eval_frame._stance.stance)
+    switches = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch._dynamo.eval_frame._stance.stance
     accelerator = next(o for o in run.owners if isinstance(o, Accelerator))
-    counts = (accelerator.gradient_state.plugin_kwargs, getattr(run.owners[0], "current_gradient_accumulation_steps", 1))
-    return modules, [p.requires_grad for p in run.model.parameters()], owners, switches, counts
+    steps = vars(run.owners[0]).get("current_gradient_accumulation_steps"), accelerator.gradient_state.plugin_kwargs
+    return modules, [p.requires_grad for p in run.model.parameters()], owners, switches, steps
 
 
 def same(ours, theirs):
@@ -240,5 +241,5 @@ if __name__ == "__main__":
             sweep = Sweep(place(name, tempfile.mkdtemp()))
             traces = {at: t for at in range(1, sweep.entries + 1) if (t := sweep.trace_of(at)) is not None}
             print(place.__name__, name, sweep.entries, "entries,", len(traces), "leave a trace", flush=True)
-            for at, (found, where) in list(traces.items())[:40]:
+            for at, (found, where) in list(traces.items())[:4]:
                 print("   ", at, where, str(found)[-200:], flush=True)

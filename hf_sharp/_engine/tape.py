@@ -59,24 +59,28 @@ class Tape:
             self._resources.state.record(),
         )
         self._present, self._begun = draws, before
-        yield len(self._entries)
-        self._begun = change = self._resources.state.changes(before)
-        self._entries.append(Entry(draws, versions, change))
-        self._begun = None
+        with self._resources.undo.region(self._put_back_begun):  # before what is out of its place around the pass
+            yield len(self._entries)
+            self._begun = change = self._resources.state.changes(before)
+            self._entries.append(Entry(draws, versions, change))
+            self._begun = None
 
-    def undo(self) -> None:
-        """Put back what first passes moved, from the last to the first, also one that was cut off.
-
-        The random streams stay where the passes left them: a step made again draws other dropout, as it does after an
-        exception in plain training.
-        """
+    def _put_back_begun(self) -> None:
+        """Put back what a first pass has moved that was cut off."""
         if isinstance(self._begun, Record):
             self._resources.state.put_back_to(self._begun)
         elif self._begun is not None:
             self._begun.undo()
+
+    def undo(self) -> None:
+        """Put back what first passes moved, from the last to the first.
+
+        The random streams stay where the passes left them: a step made again draws other dropout, as it does after an
+        exception in plain training.
+        """
         for entry in reversed(self._entries):
             entry.change.undo()
-        self._begun, self._entries = None, []
+        self._entries = []
 
     @contextmanager
     def kept(self) -> Iterator[None]:
