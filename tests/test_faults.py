@@ -212,7 +212,7 @@ def test_a_loss_object_moves_once_and_is_read_as_it_was(accumulate, tmp_path):
     net, loss = Net(), Tempered()
     start = flat(net)
     terms = [(micro_batch(i), accumulate) for i in range(accumulate)]
-    # The Trainer gives the loss the window's number of items, so that the loss, and its state, are smaller than a mean.
+    # The Trainer gives the loss the number of items of the window, and the state then sees smaller losses than a mean.
 
     class Counted(TemperedLoss):
         def __call__(self, net, batch):

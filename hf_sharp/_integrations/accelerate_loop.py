@@ -15,7 +15,7 @@ from hf_sharp._engine.evaluation import Hook
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._integrations.accelerate_host import AcceleratorHost, Schedule
 from hf_sharp._integrations.attachment import Attachment
-from hf_sharp._integrations.refusals import refuse_accelerator, refuse_needs
+from hf_sharp._integrations.refusals import refuse_accelerator, refuse_needs, refuse_static_graph
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._methods.base import Method, added_by
 from hf_sharp._tensors.shards import gathered
@@ -176,6 +176,7 @@ class SharpStep:
                 "SharpStep takes model and optimizer as accelerator.prepare returned them: make it after that line."
             )
         refuse_accelerator(accelerator, method)
+        refuse_static_graph(method, bool(getattr(model, "static_graph", False)))
         several = accelerator.gradient_accumulation_steps > 1
         refuse_needs(
             method,
