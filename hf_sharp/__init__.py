@@ -5,6 +5,7 @@ from hf_sharp._adapters import BiLoRA as BiLoRA
 from hf_sharp._adapters import FlatLoRA as FlatLoRA
 from hf_sharp._engine.evaluation import Evaluation as Evaluation
 from hf_sharp._engine.evaluation import FirstPass as FirstPass
+from hf_sharp._engine.evaluation import Opening as Opening
 from hf_sharp._engine.landscape import Landscape as Landscape
 from hf_sharp._integrations.accelerate_loop import SharpStep as SharpStep
 from hf_sharp._integrations.any_trainer import __getattr__ as __getattr__
@@ -134,6 +135,7 @@ __all__ = [
     "NoisyInputs",
     "NormLayers",
     "Objective",
+    "Opening",
     "ParamVector",
     "Perturbation",
     "Plain",

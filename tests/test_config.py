@@ -123,6 +123,8 @@ def test_schedules_have_names():
         ({"method": "sam", "rho_schedule": "constant", "rho_end": 0.1}, "has no end"),
         ({"method": ["sam"]}, "There is no method"),
         ({"name": "sam"}, "option name"),
+        ("SAM", "no method 'SAM'. Did you mean 'sam'"),
+        ("gsam(rho=0.1)", r"no method 'gsam\(rho=0.1\)'. Did you mean 'gsam'"),
         ({"methd": "sam"}, "option methd. Did you mean 'method'"),
         (yaml.safe_load("rho: 1e-2"), "rho is a number; got '1e-2'. That is text: .* YAML takes 1e-2 for text"),
         (yaml.safe_load("rho: 1e-2\nrho_schedule: linear"), "rho is a number; got '1e-2'. That is text"),

@@ -458,3 +458,44 @@ def test_what_is_sent_as_one_is_of_one_kind_and_at_most_a_bucket(monkeypatch):
         [id(half), id(half)],
     ]
     assert accelerate_host.buckets([]) == []
+
+
+def test_old_names_still_work_and_say_the_new_one():
+    landscape, _ = opened(tiny_mlp(), WINDOW, step=3)
+    old = {"step": 3, "total_steps": 10, "lr": 0.05, "batches": landscape.window.batches}
+    for name, value in old.items():
+        with pytest.warns(DeprecationWarning, match=rf"Landscape\.{name} is called .*{name} now"):
+            assert getattr(landscape, name) == value
+    here = landscape.evaluate()
+    with pytest.warns(DeprecationWarning, match="Evaluation.take is called donate now"):
+        vector = here.take()
+    assert vector.donated
+    with pytest.raises(AttributeError, match="'Landscape' object has no attribute 'nonsense'"):
+        _ = landscape.nonsense
+
+
+def test_a_donated_vector_is_used_once_and_its_memory_is_the_users():
+    model = tiny_mlp()
+    landscape, _ = opened(model, WINDOW)
+    e = landscape.evaluate().donate()
+    with landscape.shifted(e):
+        pass
+    with pytest.raises(RuntimeError, match="donated and has been used"), landscape.shifted(e):
+        pass
+
+
+def test_a_part_honours_hooks():
+    model = tiny_mlp()
+    w0, _, loss_fn = functional(model)
+    landscape, _ = opened(model, WINDOW)
+    landscape.evaluate()
+    part = landscape.evaluate(
+        0.34, add=lambda outputs, _: 10 * outputs["loss"], reduce=lambda outputs, _: outputs["loss"].detach()
+    )
+    close(flat(part.grad, model), 11 * window_gradient(loss_fn, w0, WINDOW[:1]))
+    close(part.reduced, loss_fn(w0, WINDOW[0]))
+
+
+def test_a_term_needs_a_window():
+    with pytest.raises(ValueError, match="no window yet"):
+        _ = Landscape(ToyHost(tiny_mlp()))["forget"]

@@ -10,9 +10,9 @@ import hf_sharp
 NAMES = """
     __version__
     Adaptive AdaptiveBall After BAR BiLoRA ByName Constant Cosine CurvatureRegularization DPO Evaluation Every
-    FirstPass FisherBall FisherMask FlatLoRA FollowsLearningRate FriendlySAM GAM GSAM GradientAscent
+    FisherBall FisherMask FlatLoRA FollowsLearningRate FriendlySAM GAM GSAM GradientAscent
     GradientDifference GradientPenalty IDK L2Ball Landscape Linear LookSAM MESA MSAM Method NPO NoisyInputs
-    NormLayers Objective ParamVector Perturbation Plain PretrainedWeights PreviousGradientSAM PreviousWeights
+    NormLayers Objective Opening ParamVector Perturbation Plain PretrainedWeights PreviousGradientSAM PreviousWeights
     RMU RandomMask RandomizedSmoothing SAF SAM SharpConfig SharpOptimizer SharpSeq2SeqTrainer SharpStep
     SharpTrainer SimNPO Sum TRAM TRAMFisher UnlearnTrainer VaSSO WSAM WeightAveraging WithProbability
     ZeroDuringWarmup asam bar bi_lora curvature_regularization fisher_sam flat_lora friendly_sam fsam gam

@@ -89,7 +89,7 @@ def test_checkpoints_of_a_trial_hold_its_settings(tmp_path, monkeypatch):
     [
         (SAM(Perturbation(0.1)), {"sharp_rho": 0.2}, 'sets sharp_rho, but .*method="sam"'),
         (None, {"sharp_rho": 0.2, "sharp_start": 0.5}, "sets sharp_rho, sharp_start, but"),
-        ("sam", {"sharp_roh": 0.2}, "No method has an option roh. Did you mean 'rho'.? 'sam' takes rho"),
+        ("sam", {"sharp_roh": 0.2}, "sets sharp_roh, and no method has an option roh. Did you mean 'sharp_rho'"),
         ("sam", {"sharp_keep": 0.2}, "'sam' has no option keep"),
         ("sam", {"sharp_rho": -0.2}, "rho is a radius"),
         ("sam", {"sharp_method": "sma"}, "no method 'sma'"),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hf_sharp._engine.renamed import OF_EVALUATION, renamed
 from hf_sharp._tensors.vector import ParamVector
 
 Names = Collection[str]
@@ -45,6 +46,9 @@ class Evaluation:
         self.after_update = after_update
         self.metrics = metrics
         self._grad: ParamVector | None = grad
+
+    def __getattr__(self, name: str) -> Any:
+        return renamed(self, name, OF_EVALUATION)
 
     @property
     def grad(self) -> ParamVector:

@@ -80,6 +80,11 @@ def searched(given: Given, found: Mapping[str, Any]) -> Given:
             'Give it a method by name or by a preset, as in SharpTrainer(..., method="sam") or method=sam(start=0.5), '
             "or search sharp_method too."
         )
+    unknown = [name for name in found if name not in {field.name for field in fields(SharpConfig)}]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [field.name for field in fields(SharpConfig)], n=1)
+        hint = f" Did you mean '{PREFIX}{close[0]}'?" if close else ""
+        raise ValueError(f"The search sets {PREFIX}{unknown[0]}, and no method has an option {unknown[0]}.{hint}")
     kept = {} if config is None else config.to_dict()
     if "method" in found and found["method"] != kept.get("method"):
         kept = {}

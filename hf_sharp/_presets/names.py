@@ -81,5 +81,5 @@ def nearest(name: object, known: Collection[str]) -> str:
     Returns:
         A sentence with the likely one, or nothing.
     """
-    found = difflib.get_close_matches(str(name), known, n=1)
+    found = difflib.get_close_matches(str(name).partition("(")[0].lower(), known, n=1)
     return f" Did you mean '{found[0]}'?" if found else ""
