@@ -77,10 +77,9 @@ def normalised(parametrisation):
 
 
 def groups(model):
-    own = [{"params": model.embed.parameters(), "lr": 0.01, "weight_decay": 0.1}]
-    return torch.optim.SGD(
-        [*own, {"params": [p for n, p in model.named_parameters() if "embed" not in n]}], lr=0.05, momentum=0.5
-    )
+    table = {"params": model.embed.parameters(), "lr": 0.01, "weight_decay": 0.1}
+    rest = {"params": [p for name, p in model.named_parameters() if "embed" not in name]}
+    return torch.optim.SGD([table, rest], lr=0.05, momentum=0.5)
 
 
 # Each makes the model and says what else is given to the Trainer; `cls` is its class, `rows` its data.

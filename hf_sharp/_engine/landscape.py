@@ -334,6 +334,14 @@ class Landscape:
             plainly, first = self._passes.plainly, self._passes.first
             self._mover.begin(first.loss if plainly and first is not None else None)
 
+    def find_inflation(self, batch: Any) -> None:
+        """Let the host find out, by passes without a trace, what it divides its loss by; ask for the facts afterwards.
+
+        Args:
+            batch: the window's first micro-batch.
+        """
+        self._host.find_inflation(batch, self._tape.kept)
+
     def compare_repetition(self) -> None:
         """Warn if a pass cannot be made again: where the first evaluation is plain, its beginning is repeated."""
         for landscape in self._terms.values():

@@ -117,6 +117,7 @@ class AcceleratorHost(Host):
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
             sharded=self.sharded,
+            inflation=self.inflation,
             shifts_labels=shifts_labels(self.model),
             autocast=self._autocast,
             skips_overflows=scaling,
@@ -130,6 +131,11 @@ class AcceleratorHost(Host):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         gathered = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
         return grids_of(parameters, self.model.modules(), self._autocast, gathered)
+
+    @property
+    def inflation(self) -> float:
+        """1: the loss is a mean over the window."""
+        return 1.0
 
     @property
     def _autocast(self) -> torch.dtype | None:

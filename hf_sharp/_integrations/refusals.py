@@ -149,7 +149,7 @@ def refuse_static_graph(method: Method, static: bool) -> None:
         ValueError: naming the part and the way out.
     """
     for _, part in method.named_parts():
-        if static and getattr(part, "apart", False):
+        if static and part.apart:
             raise ValueError(
                 f"{type(part).__name__} with per_rank=True or fraction= makes passes whose gradients DDP does not "
                 "reduce, which it cannot do with static_graph=True (an INTERNAL ASSERT of torch). Leave static_graph "

@@ -46,6 +46,8 @@ class Stepper:
         self.losses: dict[str, Tensor] = {}
         self._resources = Resources(host, rounding)
         self._check = check_repeats and method.cost > 1
+        parts = [part for _, part in method.named_parts()]
+        self._asks = any(p.weighs for p in parts) and not any("terms" in p.needs for p in parts)
         self._measured = 0
         self._batches: list[Any] = []
         self._size: int | None = None
@@ -101,7 +103,7 @@ class Stepper:
         """
         switches = Switches.record()
         try:
-            landscape = self._continue() or self._open(measuring)
+            landscape = self._continue() or self._open(batch, measuring)
             loss = landscape.first_pass(batch, last)
             self._given += 1
             if last:
@@ -164,8 +166,11 @@ class Stepper:
             "passes cannot repeat. Change the loss instead, or the gradient in on_pre_optimizer_step."
         )
 
-    def _open(self, measuring: bool) -> Landscape:
+    def _open(self, batch: Any, measuring: bool) -> Landscape:
         self._before, self._actions = self.method.snapshot(), (None, None)
+        if self._asks:
+            Landscape(self.host, self._batches, resources=self._resources).find_inflation(batch)
+            self._asks = False
         landscape = Landscape(self.host, self._batches, measuring, self._resources, self._size)
         self._landscape = landscape
         gradients.clear(landscape.facts.added.values())  # no loop clears these, and at some steps they get none

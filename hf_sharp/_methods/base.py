@@ -21,7 +21,6 @@ class Method(Part):
     A subclass is a frozen dataclass of settings with a `gradient`; what it remembers from step to step is in `_state`.
     """
 
-    apart = False  # whether it makes passes whose gradients are not reduced over ranks
     ahead = False  # whether its first evaluation is not the plain gradient at the present weights
     _call: ClassVar[dict[str, Any] | None] = None  # the preset's call that made it (`preset.py`), no part of equality
 

@@ -42,6 +42,7 @@ class MESA(Method):
 
     remembers = True
     ahead = True
+    weighs = True
 
     lam: float = 0.8
     decay: float = 0.999

@@ -42,6 +42,7 @@ class SAF(Method):
 
     remembers = True
     ahead = True
+    weighs = True
 
     lam: float = 0.3
     lag: int = 3

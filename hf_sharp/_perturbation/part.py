@@ -23,6 +23,8 @@ class Part:
     """
 
     remembers = False  # whether it has state at all, so that a checkpoint without it is noticed
+    weighs = False  # whether it weighs the host's loss or gradient against something that has a size of its own
+    apart = False  # whether it makes passes whose gradients are not reduced over ranks
 
     @property
     def needs(self) -> frozenset[str]:

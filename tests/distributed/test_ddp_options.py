@@ -47,6 +47,17 @@ def test_and_right_where_they_are(two_ranks):
     torch.testing.assert_close(two_ranks["static per_sample"], two_ranks["per_sample"], rtol=0, atol=1e-12)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["sam", "mesa", "fisher_sam", "tram_fisher"])
+def test_a_loss_that_grows_with_ranks_and_micro_batches_makes_longer_steps_of_the_same_method(name, two_ranks):
+    case = METHODS[name]
+    w, layout, loss_fn = functional(tiny_mlp())
+    windows = windows_of(mlp_rows(40), micro=4, accumulate=2)
+    update = sgd(4 * 0.02, momentum=0.9)  # two ranks, two micro-batches
+    path = trajectory(case.rule, loss_fn, w, windows, update, 5, layout=layout, **case.settings)
+    torch.testing.assert_close(two_ranks[f"inflated {name}"], path[-1], rtol=0, atol=1e-12)
+
+
 def test_only_such_methods_are_refused():
     for method in (sam(0.1, per_rank=True), sam(0.1, fraction=0.5), sam(0.1, fraction=0.5, interval=2)):
         refuse_static_graph(method, static=False)

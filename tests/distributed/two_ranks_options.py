@@ -5,10 +5,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import GradientState
 
 from cases import METHODS
-from hf_sharp import SharpStep, fsam, sam
-from models import mlp_rows, tiny_mlp, windows_of
+from hf_sharp import SharpStep, SharpTrainer, fsam, sam
+from models import TinyMLP, mlp_rows, tiny_mlp, windows_of
 from ranks import on_each_rank
 from references import flat
+from training import train, weights
 
 VIEWS = ["gsam", "looksam", "wsam", "gam", "vasso", "gradient_penalty", "curvature_regularization", "sam"]
 STATIC = {
@@ -17,6 +18,27 @@ STATIC = {
     "fraction": lambda: sam(0.1, fraction=0.5),
     "per_sample": lambda: fsam(fisher="per_sample", samples=2),
 }
+
+
+INFLATED = ["sam", "mesa", "fisher_sam", "tram_fisher"]
+
+
+class IgnoresItems(TinyMLP):
+    """A mean over the micro-batch, whatever number of items it is told."""
+
+    accepts_loss_kwargs = True
+
+    def forward(self, x, labels=None, **keywords):
+        return super().forward(x, labels)
+
+
+def inflated(name: str, folder: str) -> torch.Tensor:
+    """Weights of a Trainer whose loss is a mean over each rank's micro-batch: four times that of the window."""
+    model = IgnoresItems().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+    settings = {"lr_scheduler_type": "constant", "optimizers": (optimizer, None), **sizes}
+    return weights(train(SharpTrainer, model, mlp_rows(40), folder, method=METHODS[name].method(), **settings))
 
 
 def loop(method, accumulate: int, **options) -> torch.Tensor:
@@ -40,7 +62,6 @@ def loop(method, accumulate: int, **options) -> torch.Tensor:
 
 
 def main(folder: str) -> dict:
-    del folder
     results = {}
     for name in VIEWS:
         for accumulate in (1, 2):
@@ -52,6 +73,8 @@ def main(folder: str) -> dict:
             results[f"static {name}"] = loop(make(), 1, static_graph=True)
         except ValueError as error:
             results[f"static {name}"] = str(error)
+    for name in INFLATED:
+        results[f"inflated {name}"] = inflated(name, folder)
     return results
 
 
