@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from hf_sharp import BiLoRA, Constant, Every, FlatLoRA, Linear, SharpTrainer, bi_lora
 from hf_sharp._adapters.bi_lora import Joined, JointLinear, clip_, joined
 from hf_sharp._adapters.lora import lora_linears
+from hf_sharp._engine.undo import Undo
 from models import batch_of, causal_rows, mlp_rows, seeded, tiny_bert, tiny_llama
 from peft_models import added, frozen, lora_llama, lora_mlp, peft, trainables, with_lora
 from training import Recorder, build, train
@@ -271,7 +272,7 @@ def test_compiled_models_take_the_auxiliary_in_and_leave_it_out():
 
     frames = []
     for _ in range(3):
-        with joined(layers):
+        with joined(layers, Undo().region):
             inside, expected = gradients(compiled), gradients(model)
         outside, without = gradients(compiled), gradients(model)
         assert (len(inside), len(outside)) == (8, 4) and not torch.allclose(inside[-1], outside[-1])
@@ -327,7 +328,7 @@ def test_biases_rank_stabilisation_and_a_head_beside_the_adapter(tmp_path):
     with seeded(3):
         pairs = drawn(model)
     batch = {"input_ids": BATCH["input_ids"]}
-    with torch.no_grad(), joined(pairs):
+    with torch.no_grad(), joined(pairs, Undo().region):
         inside = model(**batch).logits
     for layer, a, b in pairs:  # the same, the auxiliary put into the base weights
         with torch.no_grad():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -106,7 +106,7 @@ class BiLoRA(Method):
         if strength_at(self.rho, landscape.facts, "rho") == 0:
             return FirstPass()
         layers = self._layers(landscape)
-        return FirstPass(within=lambda: joined(layers))
+        return FirstPass(within=lambda: joined(layers, landscape.region))
 
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The gradient of the one pass, its auxiliary half negated; after the update the auxiliary is clipped."""
@@ -153,7 +153,7 @@ def clip_(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], rho: float) -> Non
 
 
 @contextmanager
-def joined(layers: Sequence[Joined]) -> Iterator[None]:
+def joined(layers: Sequence[Joined], region: Callable[..., AbstractContextManager[None]]) -> Iterator[None]:
     """While open, the layers' adapters are [B1 B2] [A1; A2], wherever the model's own code calls them.
 
     One pair of products of higher rank, so that the auxiliary costs no pass over the activations of its own. PEFT's
@@ -161,23 +161,25 @@ def joined(layers: Sequence[Joined]) -> Iterator[None]:
 
     Args:
         layers: the layers and their auxiliaries.
+        region: `Landscape.region`.
 
     Yields:
         Nothing.
     """
-    changed: list[tuple[Any, Any]] = []
-    try:
-        for linear, a, b in layers:
-            for module, extra, dim in ((linear.down, a, 0), (linear.up, b, 1)):
-                changed.append((module, vars(module).get("forward")))
-                module.forward = _joint(module, extra, dim)
-        yield
-    finally:
-        for module, forward in changed:
+    before = [(m, vars(m).get("forward")) for linear, *_ in layers for m in (linear.down, linear.up)]
+
+    def put_back() -> None:
+        for module, forward in before:
             if forward is None:
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
+
+    with region(put_back):
+        for linear, a, b in layers:
+            for module, extra, dim in ((linear.down, a, 0), (linear.up, b, 1)):
+                module.forward = _joint(module, extra, dim)
+        yield
 
 
 def _joint(module: nn.Linear, extra: nn.Parameter, dim: int) -> Callable[..., Any]:

@@ -31,6 +31,8 @@ class StepFacts:
         warmup_steps: how many of them the learning rate warms up, None if unknown.
         lr: the present learning rate (of the first group).
         lr_max: the largest learning rate of the schedule.
+        inflation: how many times the mean over the window the host's loss is: the number of micro-batches of all ranks
+            where a model ignores how many items they have; 1 where it is the mean, and where no method asked.
         loss_scale: the factor on the loss that the gradients carry, a 0-dim tensor; 1 without a gradient scaler.
         seed: the training's seed.
         rank: the number of this process among `ranks`.
@@ -54,6 +56,7 @@ class StepFacts:
     rank: int = 0
     ranks: int = 1
     sharded: bool = False
+    inflation: float = 1.0
     shifts_labels: bool = False
     autocast: torch.dtype | None = None
     skips_overflows: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -91,6 +91,18 @@ class Host(ABC):
         Returns:
             The outputs.
         """
+
+    def find_inflation(self, batch: Any, kept: Callable[[], AbstractContextManager[None]]) -> None:
+        """Find out, for `StepFacts.inflation`, what this loop's loss is really divided by.
+
+        Asked once a training, and only where the method weighs the loss against something with a size of its own. The
+        default is a loop whose loss is the mean over the window.
+
+        Args:
+            batch: the first micro-batch.
+            kept: gives a context in which passes leave no trace.
+        """
+        del batch, kept
 
     @abstractmethod
     def row_backward(self, row: Any) -> None:

@@ -7,7 +7,7 @@ loss-scaled within a step: what is not homogeneous of degree one in them, or is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -272,6 +272,17 @@ class Landscape:
         """While open, parameters may be changed in place, frozen ones too; afterwards they are what they were."""
         return self._mover.restored(weights)
 
+    def region(self, put_back: Callable[[], None]) -> AbstractContextManager[None]:
+        """While open, something else is out of its place: a hook, a module's forward.
+
+        Args:
+            put_back: puts it back, and may be called twice; it is called whatever happens, Ctrl-C at any point too.
+
+        Returns:
+            The context; move things inside it.
+        """
+        return self._resources.undo.region(put_back)
+
     # --- for the stepper ---------------------------------------------------------------------------------------------
 
     @property
@@ -323,6 +334,14 @@ class Landscape:
             plainly, first = self._passes.plainly, self._passes.first
             self._mover.begin(first.loss if plainly and first is not None else None)
 
+    def find_inflation(self, batch: Any) -> None:
+        """Let the host find out, by passes without a trace, what it divides its loss by; ask for the facts afterwards.
+
+        Args:
+            batch: the window's first micro-batch.
+        """
+        self._host.find_inflation(batch, self._tape.kept)
+
     def compare_repetition(self) -> None:
         """Warn if a pass cannot be made again: where the first evaluation is plain, its beginning is repeated."""
         for landscape in self._terms.values():
@@ -337,8 +356,13 @@ class Landscape:
         return evaluation.grad
 
     def clear(self) -> None:
-        """Drop all gradients, as after a step that failed."""
+        """Drop all gradients."""
         self._passes.clear()
+
+    def abandon(self) -> None:
+        """Drop all gradients and put back what the first passes moved: after a step that failed."""
+        self._passes.clear()
+        self._tape.undo()
 
     def close(self) -> None:
         """Let go of the window and of what the method asked for, which refers back to this landscape."""

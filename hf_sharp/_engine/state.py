@@ -98,9 +98,17 @@ class ForwardState:
         weights.
         """
         change, tables, lost = self._moved(before)
-        before.clear()
         _complain(tables, lost)
+        before.clear()
         return change
+
+    def put_back_to(self, before: Record) -> None:
+        """Undo what moved since a record, as far as there are copies.
+
+        Args:
+            before: the record of a pass that was cut off.
+        """
+        self._moved(before)[0].undo()
 
     @contextmanager
     def kept(self) -> Iterator[None]:

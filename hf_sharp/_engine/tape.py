@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hf_sharp._engine import rows
 from hf_sharp._engine.random_state import RandomState
+from hf_sharp._engine.records import Change, Record
 from hf_sharp._engine.resources import Resources
-from hf_sharp._engine.state import Change
 
 
 class Entry(NamedTuple):
@@ -43,6 +43,7 @@ class Tape:
         self._resources = resources
         self._devices = devices
         self._entries: list[Entry] = []
+        self._begun: Record | Change | None = None  # of the first pass that is being made
         self._present: RandomState | None = None  # the draws of the pass that is being made, from its beginning
 
     @contextmanager
@@ -57,9 +58,29 @@ class Tape:
         """
         draws, before = RandomState.record(self._devices), self._resources.state.record()
         versions, copies = rows.versions(batch), rows.copies(batch)
-        self._present = draws
-        yield len(self._entries)
-        self._entries.append(Entry(draws, versions, copies, self._resources.state.changes(before)))
+        self._present, self._begun = draws, before
+        with self._resources.undo.region(self._put_back_begun):  # before what is out of its place around the pass
+            yield len(self._entries)
+            self._begun = change = self._resources.state.changes(before)
+            self._entries.append(Entry(draws, versions, copies, change))
+            self._begun = None
+
+    def _put_back_begun(self) -> None:
+        """Put back what a first pass has moved that was cut off."""
+        if isinstance(self._begun, Record):
+            self._resources.state.put_back_to(self._begun)
+        elif self._begun is not None:
+            self._begun.undo()
+
+    def undo(self) -> None:
+        """Put back what first passes moved, from the last to the first.
+
+        The random streams stay where the passes left them: a step made again draws other dropout, as it does after an
+        exception in plain training.
+        """
+        for entry in reversed(self._entries):
+            entry.change.undo()
+        self._entries = []
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -34,8 +34,16 @@ class Undo:
         finally:
             # An abandoned generator is closed by the garbage collector, perhaps steps later: by then it has no say.
             if any(entry is other for other in self._actions):
-                action()
-                self._actions = [other for other in self._actions if other is not entry]
+                self._put_back_down_to(entry)
+
+    def _put_back_down_to(self, entry: tuple[Callable[[], None]]) -> None:
+        """Put back what was moved inside a region, if an interrupt has kept it from being so, and then the region."""
+        while self._actions:
+            last = self._actions[-1]
+            last[0]()
+            self._actions.pop()
+            if last is entry:
+                return
 
     def everything(self) -> None:
         """Put back all that is out of its place, the innermost first."""

@@ -17,6 +17,7 @@ from hf_sharp._engine import rows
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.rounding import grids_of
+from hf_sharp._engine.switches import eager
 from hf_sharp._engine.weights import buffer_copies
 from hf_sharp._integrations.labels import shifts_labels
 from hf_sharp._integrations.momentum import momentum_of
@@ -118,6 +119,7 @@ class AcceleratorHost(Host):
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
             sharded=self.sharded,
+            inflation=self.inflation,
             shifts_labels=shifts_labels(self.model),
             autocast=self._autocast,
             skips_overflows=scaling,
@@ -131,6 +133,11 @@ class AcceleratorHost(Host):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         gathered = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
         return grids_of(parameters, self.model.modules(), self._autocast, gathered)
+
+    @property
+    def inflation(self) -> float:
+        """1: the loss is a mean over the window."""
+        return 1.0
 
     @property
     def _autocast(self) -> torch.dtype | None:
@@ -185,17 +192,17 @@ class AcceleratorHost(Host):
             named = {**keywords, **{str(index): arg for index, arg in enumerate(args)}}
             self._inputs = rows.copies(named), rows.versions(named)
 
-        handles = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(lambda module, args, output: outputs.append(output)),
-        ]
+        handles: list[Any] = []
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
 
-        with self.undo.region(remove), torch.compiler.set_stance("force_eager"):
-            yield outputs  # eagerly, since compiled code draws other dropout than `recompute` can
+        model = self.model
+        with self.undo.region(remove), eager(self.undo.region):  # compiled code draws other dropout than `recompute`
+            handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(model.register_forward_hook(lambda module, args, output: outputs.append(output)))
+            yield outputs
 
     @contextmanager
     def replaced(self, owner: Any, name: str, replacement: Any) -> Iterator[None]:
@@ -223,7 +230,19 @@ class AcceleratorHost(Host):
 
     def unsynced(self) -> AbstractContextManager[Any]:
         """Accelerate's `no_sync`, as loops use it for all but a window's last micro-batch."""
-        return self._reducing(False) if self.sharded else self.accelerator.no_sync(self.wrapped)
+        return self._reducing(False) if self.sharded else self._unreduced()
+
+    @contextmanager
+    def _unreduced(self) -> Iterator[None]:
+        model = self.wrapped
+        kept = getattr(model, "require_backward_grad_sync", None)  # of DDP
+
+        def put_back() -> None:
+            if kept is not None:
+                model.require_backward_grad_sync = kept
+
+        with self.undo.region(put_back), self.accelerator.no_sync(model):
+            yield
 
     def synced(self) -> AbstractContextManager[Any]:
         """Every backward reduces and scatters."""

@@ -15,7 +15,13 @@ from hf_sharp._engine.evaluation import Hook
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._integrations.accelerate_host import AcceleratorHost, Schedule
 from hf_sharp._integrations.attachment import Attachment, base_of
-from hf_sharp._integrations.refusals import check_method, refuse_accelerator, refuse_line_search, refuse_needs
+from hf_sharp._integrations.refusals import (
+    check_method,
+    refuse_accelerator,
+    refuse_line_search,
+    refuse_needs,
+    refuse_static_graph,
+)
 from hf_sharp._integrations.states import load_state, state_of, step_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._methods.base import Method, added_by
@@ -174,6 +180,7 @@ class SharpStep:
             )
         refuse_accelerator(accelerator, method)
         refuse_line_search(base_of(optimizer))
+        refuse_static_graph(method, bool(getattr(model, "static_graph", False)))
         several = accelerator.gradient_accumulation_steps > 1
         refuse_needs(
             method,
@@ -203,16 +210,16 @@ class SharpStep:
         Returns:
             The detached loss that `loss_fn` gave for it.
         """
-        host, stepper = self._host, self._stepper
+        host, stepper, divisor = self._host, self._stepper, self._host.divisor
         if not stepper.open:
-            stepper.begin_window([batch], size=host.divisor)
+            stepper.begin_window([batch], size=divisor)
         last = host.accelerator.sync_gradients
         measuring = bool(self._every) and host.step % self._every == 0
         loss = stepper.micro_batch(batch, last, measuring)
         if last:
             host.step += 1
             self.metrics = stepper.pop_metrics() if measuring else self.metrics
-        return loss * host.divisor
+        return loss * divisor
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the method's state, for `accelerator.register_for_checkpointing`.

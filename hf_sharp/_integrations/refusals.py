@@ -104,6 +104,12 @@ def refuse(trainer: Trainer, method: Method) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"{type(method).__name__} needs further passes over the same window, but {reason}.")
+    handler = trainer.accelerator.ddp_handler
+    refuse_static_graph(
+        method,
+        trainer.accelerator.num_processes > 1
+        and bool(getattr(args, "ddp_static_graph", False) or getattr(handler, "static_graph", False)),
+    )
     if args.n_gpu > 1 and any("parameters" in part.needs for _, part in method.named_parts()):
         raise ValueError(
             f"{type(method).__name__} has parameters of its own, which DataParallel's replicas of the model would not "
@@ -186,6 +192,25 @@ def refuse_line_search(optimizer: Any) -> None:
             f"{type(optimizer).__name__} calls the closure itself, several times a step, and so cannot step on a "
             "method's gradient. Use an optimizer that steps on the gradient it finds, such as SGD or AdamW."
         )
+
+
+def refuse_static_graph(method: Method, static: bool) -> None:
+    """Refuse passes that DDP does not reduce where it was told that all its passes are alike.
+
+    Args:
+        method: the method.
+        static: whether DDP has `static_graph=True`.
+
+    Raises:
+        ValueError: naming the part and the way out.
+    """
+    for _, part in method.named_parts():
+        if static and part.apart:
+            raise ValueError(
+                f"{type(part).__name__} with per_rank=True or fraction= makes passes whose gradients DDP does not "
+                "reduce, which it cannot do with static_graph=True (an INTERNAL ASSERT of torch). Leave static_graph "
+                "(ddp_static_graph of TrainingArguments) out, or per_rank and fraction."
+            )
 
 
 WANTED = {

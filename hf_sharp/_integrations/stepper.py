@@ -12,6 +12,7 @@ from hf_sharp._engine.evaluation import Action, Evaluation
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.resources import Resources
+from hf_sharp._engine.switches import Switches
 from hf_sharp._methods.base import Method
 from hf_sharp._methods.own import settings_stay
 from hf_sharp._perturbation.part import State
@@ -46,6 +47,8 @@ class Stepper:
         self.losses: dict[str, Tensor] = {}
         self._resources = Resources(host, rounding)
         self._check = check_repeats and method.cost > 1
+        parts = [part for _, part in method.named_parts()]
+        self._asks = any(p.weighs for p in parts) and not any("terms" in p.needs for p in parts)
         self._measured = 0
         self._batches: list[Any] = []
         self._size: int | None = None
@@ -87,7 +90,9 @@ class Stepper:
     def micro_batch(self, batch: Any, last: bool, measuring: bool = False) -> Tensor:
         """One micro-batch of the window; at the last one the method runs and its gradient is handed over.
 
-        After an exception weights, state and the method's memory are what they were, and no gradients are left.
+        After an exception, Ctrl-C at any point included, weights, buffers and other state of the forward, switches of
+        torch and the method's memory are what they were before the window, and no gradients are left. The random
+        streams stay where the passes have left them.
 
         Args:
             batch: the next micro-batch, the announced object or what the host made of it.
@@ -97,8 +102,9 @@ class Stepper:
         Returns:
             The loss that the host logs.
         """
+        switches = Switches.record()
         try:
-            landscape = self._continue() or self._open(measuring)
+            landscape = self._continue() or self._open(batch, measuring)
             loss = landscape.first_pass(batch, last)
             self._given += 1
             if last:
@@ -107,6 +113,7 @@ class Stepper:
                 self._left = gradients.mark(landscape.facts.parameters.values())
         except BaseException:
             self._abandon()
+            switches.restore()
             raise
         return loss
 
@@ -152,6 +159,7 @@ class Stepper:
         if now == self._left:
             return landscape
         if all(p.grad is None for p in parameters):  # the host has dropped them, and so begins anew
+            self.method.rollback(self._before)
             self._forget_window()
             return None
         raise RuntimeError(
@@ -159,8 +167,11 @@ class Stepper:
             "passes cannot repeat. Change the loss instead, or the gradient in on_pre_optimizer_step."
         )
 
-    def _open(self, measuring: bool) -> Landscape:
+    def _open(self, batch: Any, measuring: bool) -> Landscape:
         self._before, self._actions = self.method.snapshot(), (None, None)
+        if self._asks:
+            Landscape(self.host, self._batches, resources=self._resources).find_inflation(batch)
+            self._asks = False
         landscape = Landscape(self.host, self._batches, measuring, self._resources, self._size)
         self._landscape = landscape
         gradients.clear(landscape.facts.added.values())  # no loop clears these, and at some steps they get none
@@ -202,12 +213,13 @@ class Stepper:
         self._landscape, self._before, self._left, self._earlier = None, {}, [], None
 
     def _abandon(self) -> None:
+        """The window has failed: everything but the random streams is again as it was before it."""
         self._resources.undo.everything()
         if self._landscape is not None:
             self.method.rollback(self._before)
-            self._landscape.clear()
+            self._landscape.abandon()
         self._forget_window()
-        self._batches, self._given, self._finished = [], 0, False
+        self._batches, self._given, self._finished, self._actions = [], 0, False, (None, None)
 
     def _overflowed(self, grad: ParamVector) -> bool:
         """Whether the host will skip the step. Without a scaler none does, and asking a device would wait for it."""
@@ -258,8 +270,15 @@ class Stepper:
             after()
 
     def end(self) -> None:
-        """Training has ended: nothing is announced any more, and what was not finished is forgotten."""
-        self._abandon()
+        """Training has ended: nothing is announced any more, and what was not finished is forgotten.
+
+        What first passes of an unfinished window moved (BatchNorm's statistics) stays moved, as in plain training.
+        """
+        if self._landscape is not None:
+            self.method.rollback(self._before)
+            self._landscape.clear()
+        self._forget_window()
+        self._batches, self._given, self._finished, self._actions = [], 0, False, (None, None)
 
 
 def checked(evaluation: Any, method: Method) -> Evaluation:

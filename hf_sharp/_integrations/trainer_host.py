@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -46,6 +47,7 @@ class TrainerHost(AcceleratorHost):
         self._step = step
         self.wrapped: Any = trainer.model  # with `items`, what the Trainer gave with the micro-batch
         self.items: Any = None
+        self._ignores_items = False  # whether the loss stays what it is whatever the number of items
         self.flops = 0.0  # of the passes made since the Trainer last asked
 
     @property
@@ -96,12 +98,13 @@ class TrainerHost(AcceleratorHost):
                 backward = functools.partial(self.accelerator.backward, inputs=list(only))
                 patches.enter_context(self.replaced(self.accelerator, "backward", backward))
             if hook is not None:
-                watched = self._watched(hook, normaliser.items)
+                watched = self._watched(hook, normaliser)
                 patches.enter_context(self.replaced(trainer, "compute_loss", watched))
             return self._step(self.wrapped, batch, normaliser.items)
 
-    def _watched(self, hook: Hook, items: Any) -> Callable[..., Any]:
+    def _watched(self, hook: Hook, normaliser: Normaliser) -> Callable[..., Any]:
         """The Trainer's `compute_loss` with a term more; it cancels what the Trainer divides the loss by later."""
+        factor = self.divisor_for(normaliser.items) * self.ranks * self._inflation_of(normaliser.micro_batches)
         original = self.trainer.compute_loss
         takes = inspect.signature(original).parameters
         if "return_outputs" not in takes and not any(p.kind == p.VAR_KEYWORD for p in takes.values()):
@@ -122,7 +125,7 @@ class TrainerHost(AcceleratorHost):
                         "a term on them would change nothing (TRL's trainers compute them apart from the loss). Use "
                         "a method that adds no term, such as SAM."
                     )
-                loss = loss + term.to(loss.device) * (self.divisor_for(items) * self.ranks)
+                loss = loss + term.to(loss.device) * factor
             return (loss, outputs) if return_outputs else loss
 
         return compute_loss
@@ -142,6 +145,29 @@ class TrainerHost(AcceleratorHost):
             counted = trainer.model_accepts_loss_kwargs and items is not None
             scaled = counted or trainer.compute_loss_func is not None
         return 1 if scaled else trainer.current_gradient_accumulation_steps
+
+    @property
+    def inflation(self) -> float:
+        """The number of micro-batches of the present window on all ranks, where the model ignores that of items."""
+        return self._inflation_of(getattr(self.trainer, "current_gradient_accumulation_steps", 1))
+
+    def _inflation_of(self, micro_batches: int) -> float:
+        multiplied = self.trainer.args.average_tokens_across_devices  # then the Trainer multiplies by the ranks
+        return float(micro_batches * (self.ranks if multiplied else 1)) if self._ignores_items else 1.0
+
+    def find_inflation(self, batch: Any, kept: Callable[[], AbstractContextManager[None]]) -> None:
+        """Compute the loss for the number of items and for twice as many: it is the same if the model ignores them."""
+        self._ignores_items = False
+        alone = self.ranks == self.trainer.args.gradient_accumulation_steps == 1
+        if alone or self.items is None or self.divisor_for(self.items) != 1 or not isinstance(batch, Mapping):
+            return
+        losses = []
+        for items in (self.items, 2 * self.items):
+            with kept(), torch.no_grad(), self.trainer.compute_loss_context_manager():
+                inputs = dict(self.trainer._prepare_inputs(batch))  # the Trainer takes labels out of its own dict
+                self.wrapped.train()
+                losses.append(self.trainer.compute_loss(self.wrapped, inputs, num_items_in_batch=items))
+        self._ignores_items = torch.equal(*losses)
 
     def forward(self, batch: Any) -> Any:
         """The wrapped model's outputs for the prepared inputs."""

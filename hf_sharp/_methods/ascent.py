@@ -60,6 +60,11 @@ class Ascent(Method):
         return self.fraction < 1
 
     @property
+    def apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """An ascent on a part of the window, or for each rank, is not reduced as the host's passes are."""
+        return self.per_rank or self.fraction < 1
+
+    @property
     def needs(self) -> frozenset[str]:
         """A part of the window is chosen before its first pass; a rank's own gradient is seen before it is reduced."""
         return frozenset(({"window"} if self.fraction < 1 else set()) | ({"ranks"} if self.per_rank else set()))

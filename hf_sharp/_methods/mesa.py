@@ -43,6 +43,7 @@ class MESA(Method):
 
     remembers: ClassVar = {"teacher": AT_LEAST_FLOAT32}
     ahead = True
+    weighs = True
 
     lam: float = 0.8
     decay: float = 0.999

@@ -44,6 +44,7 @@ class SAF(Method):
 
     remembers: ClassVar = {"logits": BLOCKS, "visits": BLOCKS}
     ahead = True
+    weighs = True
 
     lam: float = 0.3
     lag: int = 3

@@ -35,6 +35,8 @@ class TRAMFisher(Method):
         3.0
     """
 
+    weighs = True
+
     rho: float | Schedule = 0.1
     sigma: float = 0.1
     eta: float = 0.1
@@ -72,8 +74,10 @@ class TRAMFisher(Method):
             return landscape.evaluate()
 
     def _epsilon(self, grad: ParamVector, noisy: ParamVector, landscape: Landscape) -> ParamVector:
+        facts = landscape.facts
+
         def stretched(f: Tensor, g: Tensor) -> Tensor:
-            return g / (1 + self.eta * (f / landscape.facts.loss_scale.to(f.device)).square())
+            return g / (1 + self.eta * (f / (facts.loss_scale.to(f.device) * facts.inflation)).square())
 
         overflow = nan_unless_finite(noisy.norm())  # an infinite F would make a finite e; the host must see it
         direction = noisy.zip_(grad, stretched)

@@ -138,9 +138,13 @@ class AdaptiveBall(Ball):
 class FisherBall(Ball):
     """The Fisher metric of Kim et al. (2022): M = D = 1 / (1 + eta F), F the square of the window's unscaled gradient.
 
+    The gradient is that of the mean over the window, also where the host's loss is a multiple of it.
+
     Args:
         eta: weight of the Fisher diagonal against the Euclidean metric; 0 gives `L2Ball`.
     """
+
+    weighs = True
 
     eta: float = 0.1
 
@@ -150,5 +154,6 @@ class FisherBall(Ball):
     def metric(self, grad: Tensor, weight: Tensor, name: str, landscape: Landscape) -> Tensor:
         """D = 1 / (1 + eta F), F the square of the gradient without its loss scale."""
         del weight, name
-        fisher = (grad / landscape.facts.loss_scale.to(grad.device)).square()
+        facts = landscape.facts
+        fisher = (grad / (facts.loss_scale.to(grad.device) * facts.inflation)).square()
         return 1 / (1 + self.eta * fisher)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sharp._engine.landscape import Landscape
+from hf_sharp._engine.switches import eager
 from hf_sharp._tensors.shards import placed
 from hf_sharp._tensors.vector import ParamVector
 
@@ -113,14 +114,17 @@ def noisy_inputs(landscape: Landscape, sigma: float) -> Iterator[None]:
         ]
         return output + torch.stack(rows)
 
-    handles = [model.register_forward_pre_hook(begin)]
-    handles += [module.register_forward_hook(add_noise) for module in input_embeddings(model)]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
+    handles: list[Any] = []
+
+    def put_back() -> None:
         for handle in handles:
             handle.remove()
+
+    with landscape.region(put_back), eager(landscape.region):
+        handles.append(model.register_forward_pre_hook(begin))
+        for module in input_embeddings(model):
+            handles.append(module.register_forward_hook(add_noise))
+        yield
     if not embedded or not all(embedded):
         raise ValueError(
             "The noise on the inputs reached nothing: the model's input embedding was not called, because the batch "
