@@ -3,6 +3,8 @@
 #
 #   make quickstart [ARGS="--method sam"]    make test [ARGS="-k sam"]    make lint    make format    make bench    make docs
 #   make test-oldest: the Trainer door's tests with the oldest versions supported, in an environment of their own
+#   make test-wheel: the same for the built wheel; make test-main: all tests with the main branches of the Hugging Face libraries
+#   make dist: source archive and wheel into dist/; make version: the version that they get
 # Tests run in two processes; JOBS=0 runs them in one, which a debugger needs.
 
 PYTHON ?= python3
@@ -16,13 +18,18 @@ STAMP := $(VENV)/.installed
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 OLDEST ?= .venv-oldest
 OLDEST_TESTS := $(addprefix tests/,test_trainer.py test_doors.py test_checkpoints.py test_contract.py soak distributed/test_ddp.py)
+WHEEL ?= .venv-wheel
+WHEEL_TESTS := $(addprefix tests/,test_trainer.py test_checkpoints.py test_old_checkpoints.py test_contract.py)
+DIST ?= .venv-dist
+MAIN ?= .venv-main
+MAIN_BRANCHES := $(foreach name,transformers accelerate peft trl,"git+https://github.com/huggingface/$(name)")
 SOURCES := $(wildcard hf_sharp recipes benchmarks examples tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-oldest lint format bench docs clean
+.PHONY: help setup quickstart test test-oldest test-wheel test-main lint format bench docs dist version release-check clean
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -53,6 +60,23 @@ test-oldest: export HF_HUB_OFFLINE = 1
 test-oldest: $(OLDEST)/.installed
 	@$(OLDEST)/bin/python -m pytest -n $(JOBS) $(OLDEST_TESTS) $(ARGS)
 
+# The tests are copied to a folder that has no hf_sharp in it: what they import can only be the wheel's.
+test-wheel: export HF_HUB_OFFLINE = 1
+test-wheel: dist
+	@rm -rf $(WHEEL) && $(PYTHON) -m venv $(WHEEL)
+	@$(WHEEL)/bin/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
+	@$(WHEEL)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt dist/*.whl peft pytest pytest-xdist
+	@mkdir -p $(WHEEL)/clone && cp -R tests pyproject.toml $(WHEEL)/clone
+	@cd $(WHEEL)/clone && ../bin/python -m pytest -n $(JOBS) $(WHEEL_TESTS) $(ARGS)
+
+test-main: export HF_HUB_OFFLINE = 1
+test-main: export HF_DATASETS_OFFLINE = 1
+test-main:
+	@rm -rf $(MAIN) && $(PYTHON) -m venv $(MAIN)
+	@$(MAIN)/bin/python -m pip install -qq --disable-pip-version-check -e '.[recipes,trl,dev]'
+	@$(MAIN)/bin/python -m pip install -qq --disable-pip-version-check --upgrade $(MAIN_BRANCHES)
+	@$(MAIN)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
 lint: $(STAMP)
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
@@ -70,5 +94,17 @@ docs: $(STAMP)
 	@$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "The pages are in site/; open site/index.html"
 
+dist:
+	@test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
+	@$(DIST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt build
+	@rm -rf dist && $(DIST)/bin/python -m build --outdir dist .
+
+release-check:
+	@version="v$$($(MAKE) --no-print-directory version)"; \
+	test "$$TAG" = "$$version" || { echo "The tag '$$TAG' is not $$version"; exit 1; }
+
+version:
+	@sed -n 's/^__version__ = "\(.*\)"$$/\1/p' hf_sharp/__init__.py
+
 clean:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) $(WHEEL) $(MAIN) $(DIST) dist build

@@ -14,8 +14,8 @@ import time
 import torch
 from torch import Tensor, nn
 
+from hf_sharp._engine.measure import measure_shift
 from hf_sharp._engine.rounding import move_rounded_
-from hf_sharp._engine.shift import realised
 
 
 def measure(entries: int, rho: float, device: str, rounding: str) -> tuple[float, float, float]:
@@ -33,7 +33,7 @@ def measure(entries: int, rho: float, device: str, rounding: str) -> tuple[float
     if device != "cpu":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    metrics: dict[str, Tensor] = realised([weight], [saved], [step], [torch.bfloat16])
+    metrics: dict[str, Tensor] = measure_shift([weight], [saved], [step], [torch.bfloat16])
     return float(metrics["sharp_component"]), float(metrics["sharp_noise"]), seconds
 
 

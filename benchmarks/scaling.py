@@ -27,7 +27,8 @@ from torch import nn
 from hf_sharp import FisherMask
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.rounding import move_rounded_
-from hf_sharp._engine.shift import Pool, displaced
+from hf_sharp._engine.undo import Undo
+from hf_sharp._engine.weights import Pool, displaced
 from hf_sharp._integrations.accelerate_loop import LoopHost
 from hf_sharp._tensors.vector import ParamVector, move_
 from hf_sharp.recipes import report
@@ -105,7 +106,7 @@ def parts_of(options: argparse.Namespace) -> dict[str, float]:
         loss.backward()
 
     def shift_back() -> None:
-        with displaced(weights, pool):
+        with displaced(weights, pool, Undo(), lambda: None):
             pass
 
     found, pool = {"forward and backward": timed(forward_backward, options.repeats)}, Pool()

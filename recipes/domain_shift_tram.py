@@ -23,6 +23,7 @@ Finished runs are in <output_dir>/results.json: the same command again skips the
 
 import argparse
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ from transformers import (
 )
 
 from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint
-from hf_sharp.recipes import report
+from hf_sharp.recipes import beforehand, report
 from hf_sharp.recipes.tasks import domains as data
+from hf_sharp.recipes.tasks.pretraining import pretrain
 
 TRAM = {"method": "tram", "scale": "--scale", "max_radius": "--max_radius"}
 METHODS: dict[str, dict[str, str]] = {  # settings of SharpConfig: a word, or the flag that gives the number
@@ -86,6 +88,7 @@ class Arguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many, drawn once."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many, drawn once."})
     model_name_or_path: str = field(default="", metadata={"help": "Hub id or folder, with safetensors."})
+    ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "Replace a head of another size."})
     pretrain_steps: int = field(default=500, metadata={"help": "Without a model: steps on both domains together."})
 
 
@@ -123,21 +126,6 @@ def load(args: Arguments) -> tuple[data.Domain, data.Domain]:
     other = args.ood_file, args.ood_dataset_name, args.ood_dataset_config_name
     share = 1.0 if args.model_name_or_path else 0.1
     return data.pick_domain(*first, *columns, args.validation_file), data.pick_domain(*other, *columns, "", share)
-
-
-def pretrain(folder: Path, examples: Any, tokenizer: Any, args: Arguments, training: TrainingArguments) -> None:
-    """Make what fine-tuning starts from: a small Llama that has seen both domains."""
-    changes = {"max_steps": args.pretrain_steps, "learning_rate": 3e-3, "save_strategy": "no"}
-    changes |= {"output_dir": str(folder.parent / "runs" / folder.name), "eval_strategy": "no"}
-    set_seed(training.seed)
-    model = AutoModelForCausalLM.from_config(data.small_llama(tokenizer, args.block_size))
-    options = replace(training, **changes)
-    trainer = SharpTrainer(model, options, default_data_collator, examples, processing_class=tokenizer)
-    trainer.train()
-    trainer.save_model(f"{folder}.new")
-    if training.process_index == 0:
-        Path(f"{folder}.new").replace(folder)  # there as a whole or not at all
-    trainer.accelerator.wait_for_everyone()
 
 
 def run(trainer: SharpTrainer, tests: dict[str, Any], train: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -179,6 +167,7 @@ def table(rows: list[dict[str, Any]], sign: int) -> str:
 def main() -> None:
     try:  # whatever is wrong with the command or the data is found before any training
         args, training, configs = parse()
+        beforehand.need("matplotlib")
         output, fresh = Path(str(training.output_dir)), not args.model_name_or_path
         settings = {key: value for key, value in asdict(args).items() if key != "methods"}
         settings = report.keep_settings(output, {**training.to_dict(), **settings, "processes": training.world_size})
@@ -200,12 +189,19 @@ def main() -> None:
     first, results, start = training.process_index == 0, output / "results.json", output / "start"
     if first:
         report.write_json(results.with_name("settings.json"), settings)
-    if fresh and not start.exists():
-        pretrain(start, mixture, tokenizer, args, training)
+    if fresh:
+        pretrain(start, mixture, tokenizer, training, args.block_size, max_steps=args.pretrain_steps)
     # Weights in float32, under autocast with --bf16 or --fp16: a short ascent step would be lost in 16-bit weights.
     source = {"pretrained_model_name_or_path": start if fresh else args.model_name_or_path, "dtype": "float32"}
-    source |= {"num_labels": len(labels), "pad_token_id": tokenizer.pad_token_id} if labels else {}
+    if labels:
+        source |= {"num_labels": len(labels), "pad_token_id": tokenizer.pad_token_id}
+        source |= {"ignore_mismatched_sizes": args.ignore_mismatched_sizes}
     auto, metric = (AutoModelForSequenceClassification, "accuracy") if labels else (AutoModelForCausalLM, "perplexity")
+    try:  # a method that refuses this model is found before any of them trains
+        make = partial(auto.from_pretrained, **source)
+        beforehand.try_methods(configs, make, beforehand.bare(SharpTrainer, training))
+    except ValueError as error:
+        raise SystemExit(f"domain_shift_tram.py: {error}") from error
     shared = {"recipe": "domain_shift_tram", "model": args.model_name_or_path, "epochs": training.num_train_epochs}
     finished = set(map(report.identity, report.read_rows(results)))
     runs = [] if labels else [(training.seed, START)]  # a new head knows nothing before it is trained

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint
-from hf_sharp.recipes import report
+from hf_sharp.recipes import beforehand, report
 from hf_sharp.recipes.settings import options_of
 from hf_sharp.recipes.tasks import (
     GLUE,
@@ -51,6 +51,7 @@ from hf_sharp.recipes.tasks import (
     small_bert,
     word_tokenizer,
 )
+from hf_sharp.recipes.tasks.glue import tokenize
 from hf_sharp.recipes.tasks.metrics import load_metric, majority_value
 
 DEFAULTS = {"method": "fsam", "compare": ["plain"], "label_noise": [0.0], "logging_steps": 50, "save_total_limit": 1}
@@ -153,20 +154,6 @@ def load_real(args: Arguments) -> tuple[dict[Any, Dataset], Any, Any]:
     return splits, tokenizer, partial(load, args.model_name_or_path, config=config, dtype="float32", **hub)
 
 
-def tokenize(split: Dataset, columns: tuple[str, ...], limit: int | None, tokenizer: Any, args: Arguments) -> Dataset:
-    """Turn texts into tokens; padding waits for the batch unless --pad_to_max_length."""
-    split = split if limit is None else split.select(range(min(limit, len(split))))
-    length = min(args.max_seq_length, tokenizer.model_max_length)
-    padding = "max_length" if args.pad_to_max_length else False
-    return split.map(
-        lambda rows: tokenizer(*map(rows.get, columns), padding=padding, truncation=True, max_length=length),
-        batched=True,
-        remove_columns=[name for name in split.column_names if name != "label"],
-        load_from_cache_file=not args.overwrite_cache,
-        desc="Tokenizing",
-    )
-
-
 def train_and_evaluate(
     row: dict[str, Any], model: Any, args: TrainingArguments, evaluation: dict[str, Any], **parts: Any
 ) -> dict[str, Any]:
@@ -197,12 +184,16 @@ def main() -> None:
         task = GLUE[args.task_name] if args.task_name else DOCSTRINGS
         for noise in filter(None, args.label_noise):
             redraw_labels([], noise, len(task.labels), seed=0)
+        beforehand.need("sklearn", "scipy", "matplotlib")
         splits, tokenizer, make_model = load_real(args) if args.task_name else load_demo(args)
+        beforehand.try_methods(methods, make_model, beforehand.bare(SharpTrainer, training))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"glue_fsam.py: {error}") from error
     with training.main_process_first(desc="tokenizing"):
-        train = tokenize(splits.pop("train"), task.texts, args.max_train_samples, tokenizer, args)
-        evaluation = {k: tokenize(s, task.texts, args.max_eval_samples, tokenizer, args) for k, s in splits.items()}
+        options = tokenizer, args.max_seq_length, args.pad_to_max_length, args.overwrite_cache
+        train = tokenize(splits.pop("train"), task.texts, args.max_train_samples, *options)
+        train = beforehand.number_rows(train, methods.values())
+        evaluation = {k: tokenize(s, task.texts, args.max_eval_samples, *options) for k, s in splits.items()}
     majority = majority_value(task.metric, task.main_metric, next(iter(evaluation.values()))["label"])
     metric, results = load_metric(task.metric), output / "results.json"
 

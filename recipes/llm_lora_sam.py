@@ -21,6 +21,7 @@ their way, were equally good in-domain. The same command again skips finished ru
 
 import argparse
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,10 @@ from transformers.utils import is_bitsandbytes_available
 
 import hf_sharp
 from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint
-from hf_sharp.recipes import report
+from hf_sharp.recipes import beforehand, report
 from hf_sharp.recipes.tasks import chats
 from hf_sharp.recipes.tasks import domains as data
+from hf_sharp.recipes.tasks.pretraining import pretrain
 
 METHODS: dict[str, dict[str, str]] = {  # settings of SharpConfig: a word, or the flag that gives the number
     "lora": {"method": "plain"},
@@ -151,21 +153,6 @@ def load(args: Arguments) -> tuple[Any, Any, dict[str, Any], list[dict[str, Any]
     return tokenizer, parts["train"], tests, before
 
 
-def pretrain(folder: Path, examples: Any, tokenizer: Any, args: Arguments, training: TrainingArguments) -> None:
-    """Make what fine-tuning starts from: a small Llama that has read the docstrings."""
-    changes = {"max_steps": args.pretrain_steps, "learning_rate": 3e-3, "save_strategy": "no", "eval_strategy": "no"}
-    changes |= {"lr_scheduler_type": "cosine"}
-    options = replace(training, **changes, output_dir=str(folder.parent / "runs" / folder.name))
-    set_seed(training.seed)
-    model = AutoModelForCausalLM.from_config(data.small_llama(tokenizer, args.block_size))
-    trainer = SharpTrainer(model, options, default_data_collator, examples, processing_class=tokenizer)
-    trainer.train()
-    trainer.save_model(f"{folder}.new")
-    if training.process_index == 0:
-        Path(f"{folder}.new").replace(folder)  # there as a whole or not at all
-    trainer.accelerator.wait_for_everyone()
-
-
 def adapted(source: str, args: Arguments, training: TrainingArguments) -> Any:
     """Load the model and put adapters on it; they are float32, so that a short ascent step is not rounded away."""
     options: dict[str, Any] = {"dtype": "bfloat16" if training.bf16 else "float32"}
@@ -211,6 +198,7 @@ def main() -> None:
         output, first = Path(str(training.output_dir)), training.process_index == 0
         own = {"methods": None, "processes": training.world_size}
         settings = report.keep_settings(output, training.to_dict() | asdict(args) | own)
+        beforehand.need("matplotlib")
         tokenizer, train, tests, before = load(args)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"llm_lora_sam.py: {error}") from error
@@ -218,8 +206,18 @@ def main() -> None:
     results, source, places = output / "results.json", args.model_name_or_path or str(output / "start"), list(tests)
     if first:
         report.write_json(results.with_name("settings.json"), settings)
-    if before and not Path(source).exists():
-        pretrain(Path(source), before, tokenizer, args, training)
+    if before:
+        changes = {"max_steps": args.pretrain_steps, "lr_scheduler_type": "cosine"}
+        pretrain(Path(source), before, tokenizer, training, args.block_size, **changes)
+    parts = {"train_dataset": train, "eval_dataset": tests}
+    try:  # a method that refuses this model is found before any of them trains
+        beforehand.try_methods(
+            configs,
+            partial(adapted, source, args, training),
+            lambda model, method: trainer_of(model, tokenizer, args, training, method=method, **parts),
+        )
+    except ValueError as error:
+        raise SystemExit(f"llm_lora_sam.py: {error}") from error
     shared = {"recipe": "llm_lora_sam", "task": "chat" if args.chat else "text", "model": args.model_name_or_path}
     shared |= {"metric": "perplexity", "majority": None, "epochs": training.num_train_epochs}
     finished = set(map(report.identity, report.read_rows(results)))
@@ -233,12 +231,8 @@ def main() -> None:
             continue
         set_seed(seed)  # the same new adapters for each method
         options = replace(training, seed=seed, output_dir=str(output / "runs" / f"{label}_seed{seed}"))
-        parts = {"train_dataset": train, "eval_dataset": tests, "method": configs[label]}
-        try:
-            trainer = trainer_of(adapted(source, args, options), tokenizer, args, options, **parts)
-        except ValueError as error:  # a method that refuses this model
-            raise SystemExit(f"llm_lora_sam.py: {label}: {error}") from error
-        row |= run(trainer, places)
+        model = adapted(source, args, options)
+        row |= run(trainer_of(model, tokenizer, args, options, method=configs[label], **parts), places)
         rows = report.add_row(results, row) if first else []
         if rows and len(places) > 1:
             report.plot_paths(rows, results.with_suffix(".png"), places)

@@ -30,7 +30,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
 from hf_sharp import Objective, SharpConfig, UnlearnTrainer, WeightAveraging
-from hf_sharp.recipes import report
+from hf_sharp.recipes import beforehand, report
 from hf_sharp.recipes.tasks import domains, fictions
 from hf_sharp.recipes.tasks import unlearning as task
 from hf_sharp.unlearning import (
@@ -177,6 +177,7 @@ def unlearn(
 def main() -> None:
     try:  # whatever is wrong with the command or the data is found before any training
         args, training, runs = parse()
+        beforehand.need("rouge_score", "matplotlib", *(["peft"] if args.lora else []))
         objective = repr(objective_of(args))
         output = Path(str(training.output_dir))
         settings = {key: value for key, value in asdict(args).items() if key != "smoothing"}

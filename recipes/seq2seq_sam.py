@@ -33,7 +33,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_sharp import SharpConfig, SharpSeq2SeqTrainer, last_complete_checkpoint, report
+from hf_sharp import SharpConfig, SharpSeq2SeqTrainer, last_complete_checkpoint
+from hf_sharp.recipes import beforehand, report
 from hf_sharp.recipes.settings import options_of
 from hf_sharp.recipes.tasks import domains, pairs
 
@@ -116,13 +117,17 @@ def main() -> None:
             data = pairs.load_packages()
             tokenizer = domains.byte_tokenizer((text for row in data.train for text in row), max_length=512)
             make_model = partial(AutoModelForSeq2SeqLM.from_config, pairs.small_t5(tokenizer))
+        beforehand.need("matplotlib")
+        beforehand.try_methods(configs, make_model, beforehand.bare(SharpSeq2SeqTrainer, training))
+        if any(config.method == "saf" for config in configs.values()):
+            raise ValueError("saf: a vocabulary's logits cannot be kept. Use mesa, which keeps none.")
+        longest = (args.max_source_length, args.max_target_length)
+        options = tokenizer, longest, args.source_prefix
+        train = pairs.encode_pairs(data.train, *options, args.max_train_samples)
+        test = pairs.encode_pairs(data.test, *options, args.max_eval_samples)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"seq2seq_sam.py: {error}") from error
 
-    longest = (args.max_source_length, args.max_target_length)
-    options = tokenizer, longest, args.source_prefix
-    train = pairs.encode_pairs(data.train, *options, args.max_train_samples)
-    test = pairs.encode_pairs(data.test, *options, args.max_eval_samples)
     results = output / "results.json"
     if first:
         report.write_json(results.with_name("settings.json"), settings)

@@ -35,7 +35,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_sharp import SharpConfig, SharpTrainer, last_complete_checkpoint
-from hf_sharp.recipes import report
+from hf_sharp.recipes import beforehand, report
 from hf_sharp.recipes.tasks import redraw_labels
 from hf_sharp.recipes.tasks.augmentation import Augmentation
 from hf_sharp.recipes.tasks.corruptions import corrupted_accuracy, corrupted_rows
@@ -187,6 +187,8 @@ def main() -> None:
         for noise in args.label_noise:
             redraw_labels([], noise, len(task.classes), seed=0)
         model = pick(args, task)
+        beforehand.need("sklearn", "matplotlib")
+        beforehand.try_methods(configs, model.make, beforehand.bare(SharpTrainer, training))
         collate = Batches(Augmentation(args.area, args.flip, args.jitter), model.mean, model.std)
         part = Images(task.test.take(args.corrupted_samples), model.size, model.channels)
         corrupted = corrupted_rows(part.pixels(), part.labels)

@@ -35,7 +35,9 @@ class Offset(Method):
     def plan_first_pass(self, landscape):
         @contextmanager
         def moved():
-            hook = landscape.modules["head"].register_forward_hook(lambda m, i, out: out + landscape.added["offset"])
+            hook = landscape.modules["head"].register_forward_hook(
+                lambda m, i, out: out + landscape.facts.added["offset"]
+            )
             try:
                 yield
             finally:
@@ -45,8 +47,8 @@ class Offset(Method):
 
     def gradient(self, landscape):
         here = landscape.evaluate()
-        landscape.added["offset"].grad.neg_()
-        head = landscape.weights.tensors[landscape.names.index("head.weight")]
+        landscape.facts.added["offset"].grad.neg_()
+        head = landscape.weights.tensors[landscape.facts.names.index("head.weight")]
         return here.with_update(lambda: head.mul_(0.9), lambda: head.add_(0.01))
 
 

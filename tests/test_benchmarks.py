@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 from hf_sharp import SharpTrainer, sam
 from models import mlp_rows, tiny_mlp, windows_of
@@ -92,3 +93,35 @@ def test_growth_is_raced_timed_part_by_part_and_drawn(load, tmp_path, capsys, mo
     assert len(found["parts"][0]["seconds"]) == 6 and all(s > 0 for s in found["parts"][0]["seconds"].values())
     assert "| sam |" in capsys.readouterr().out
     assert (tmp_path / "scaling.png").is_file() and (tmp_path / "scaling_parts.png").is_file()
+
+
+def test_the_overhead_of_a_step_is_timed_and_its_calls_are_counted(load, capsys):
+    load("overhead").main("--tensors 3 30 --calls 2 9 --rounds 2 --steps 2".split())
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    times, calls = rows[1:3], rows[4:]
+    assert [row[0] for row in times + calls] == ["3", "30", "2", "9"]
+    assert all(float(value) > 0 for row in times for value in row[1:3])
+    assert all(0 < int(files) < int(moves) < int(count) for _, count, files, moves in calls)
+
+
+def test_calls_are_counted_by_the_file_they_are_in(load):
+    overhead = load("overhead")
+    calls = overhead.Calls()
+    calls.files, calls.steps = ["a", "a", "b", "a"] * 3, 3
+    assert calls.numbers() == (4, 2, 2)  # a a b a, three times: to b and back
+
+
+def test_two_passes_leave_the_gradient_of_one(load, tmp_path):
+    rows = mlp_rows(12)
+    settings = {"lr_scheduler_type": "constant", "max_steps": 3}
+    once, twice = (tiny_mlp(), tiny_mlp())
+    build(Trainer, once, rows, tmp_path, **settings).train()
+    build(load("overhead").TwoPasses, twice, rows, tmp_path, **settings).train()
+    torch.testing.assert_close(flat(once), flat(twice), rtol=0, atol=0)
+
+
+def test_the_cost_of_recording_state_is_printed(load, capsys):
+    load("state").main("--layers 1 --hidden 32 --rounds 1".split())
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[2] for line in lines] == ["model", "model, trainer"]
+    assert all(float(line[4]) > 0 and line[5].endswith("% |") for line in lines)

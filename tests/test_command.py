@@ -5,9 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-import hf_sharp
 from hf_sharp.__main__ import UNSAID, main, memory_of
 from hf_sharp._presets.config import METHODS, options_of
 
@@ -59,11 +57,3 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["methods", "sma"])
     assert stopped.value.code == 2 and "known: asam" in capsys.readouterr().err
-
-
-def test_what_names_the_project_agrees():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert citation["version"] == hf_sharp.__version__ and f'\nversion = "{hf_sharp.__version__}"\n' in project
-    assert f'\nlicense = "{citation["license"]}"\n' in project
-    assert '\n[project.scripts]\nhf-sharp = "hf_sharp.__main__:main"\n' in project

@@ -298,7 +298,7 @@ def test_what_moves_is_what_the_start_announces(name, tmp_path, monkeypatch):
     shifted, moved = Landscape.shifted, set()
 
     def watched(landscape, epsilon):
-        pairs = zip(landscape.names, epsilon.tensors, strict=True)
+        pairs = zip(landscape.facts.names, epsilon.tensors, strict=True)
         moved.update(n for n, e in pairs if e is not None and e.ne(0).any())
         return shifted(landscape, epsilon)
 

@@ -90,6 +90,8 @@ FILES = {
     "a.csv": 'id,text,label\n1,"a ""b""\tc",up\n2,"d\u2028e, f",down\n',
     "a.tsv": '\ufefftext\tlabel\n"a ""b""\tc"\tup\nd\u2028e, f\tdown\n',
     "a.json": json.dumps([{"text": text, "label": label} for text, label in ROWS]),
+    "a.JSON": "\n".join(json.dumps({"text": text, "label": label}) for text, label in ROWS),
+    "a.JSONL": json.dumps([{"text": text, "label": label} for text, label in ROWS]),
     "a.jsonl": "\n".join(json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in ROWS),
 }
 
@@ -118,6 +120,12 @@ def test_labelled_rows_are_held_back_at_random_and_in_a_folder_all_files_count(t
     assert len(found.train) + len(found.test) == 400 and found.labels == list("0123")
     assert 20 < len(found.test) < 60 and {label for _, label in found.test} == {"0", "1", "2", "3"}
     assert found == pick_domain(tmp_path, label_column="label")
+
+
+def test_so_few_rows_that_nothing_is_held_back_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\none,x\ntwo,y\n")
+    with pytest.raises(ValueError, match=r"of 2 [02] would be held back"):
+        pick_domain(tmp_path / "a.csv", label_column="label", test_share=1e-6)
 
 
 def test_a_test_file(tmp_path):

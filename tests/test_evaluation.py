@@ -76,6 +76,16 @@ def test_what_follows_from_the_scores():
         evaluation.score(Bigram(), [ROWS[0], {"input_ids": [0, 1], "labels": [0, -100]}])
 
 
+def test_the_last_label_can_be_left_out():
+    """Of the three rows (right, right), (wrong, wrong), (right, wrong, right, right) the last label goes."""
+    scores = evaluation.score(Bigram(), ROWS).without_last()
+    close(evaluation.token_accuracy(scores), [1.0, 0.0, 2 / 3])
+    close(evaluation.extraction_strength(scores), [1.0, 0.0, 1 / 3])
+    close(scores.nll, [-math.log(0.7), -math.log(0.25), -math.log(0.6 * 0.25 * 0.7)])
+    with pytest.raises(ValueError, match="Example 0 has one label only"):
+        scores.without_last()
+
+
 def ragged(count, vocab=32, seed=0):
     """Rows of different lengths with prompts of different lengths."""
     draw = torch.Generator().manual_seed(seed)

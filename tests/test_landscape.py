@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_sharp import FirstPass, ParamVector
 from hf_sharp._engine import rows
+from hf_sharp._engine.evaluation import Shift
 from hf_sharp._engine.landscape import Landscape
+from hf_sharp._engine.resources import Resources
 from hf_sharp._integrations import accelerate_host
 from models import batch_of, mlp_rows, tiny_mlp, windows_of
 from references import functional, window_gradient
@@ -100,10 +102,8 @@ def test_a_large_integer_buffer_that_moves_is_refused_by_name():
     model = tiny_mlp()
     model.register_buffer("table", torch.zeros(5000, dtype=torch.long))
     model.register_forward_pre_hook(lambda *_: (model.table.add_(1), None)[1])
-    landscape, _ = opened(model, WINDOW)
-    landscape.evaluate()
-    with pytest.raises(RuntimeError, match=r"\['table'\]"):
-        landscape.evaluate()
+    with pytest.raises(RuntimeError, match=r"table'\]"):
+        opened(model, WINDOW)
 
 
 def test_a_part_of_a_window_is_whole_micro_batches_with_the_same_draws():
@@ -151,7 +151,7 @@ def test_only_gives_the_subset_and_nothing_else():
     part = landscape.evaluate(only=["norm.weight", "hidden.bias"])
     assert set(touched) == {"norm.weight", "hidden.bias"}  # the other weight gradients were not computed
     full = window_gradient(loss_fn, w0, WINDOW)
-    for name, tensor in zip(landscape.names, part.grad.tensors, strict=True):
+    for name, tensor in zip(landscape.facts.names, part.grad.tensors, strict=True):
         if name in ("norm.weight", "hidden.bias"):
             close(tensor.reshape(-1), full[layout[name]])
         else:
@@ -185,7 +185,7 @@ def test_parameters_outside_the_optimizer_get_the_last_evaluations_gradient_once
     first = model.head.bias.grad.clone()
     last = landscape.evaluate()
     landscape.hand_over(last)
-    assert "head.bias" not in landscape.names and torch.equal(model.head.bias.grad, first)
+    assert "head.bias" not in landscape.facts.names and torch.equal(model.head.bias.grad, first)
 
 
 # ---- shifted, at, forward, opening
@@ -232,8 +232,8 @@ def test_at_puts_the_weights_where_they_are_told_exactly():
 
 @pytest.mark.parametrize("moment", ["clone", "move", "restore"])
 def test_an_interrupt_while_shifting_or_restoring_restores(moment, monkeypatch):
-    from hf_sharp._engine import landscape as engine
-    from hf_sharp._engine import shift
+    from hf_sharp._engine import mover as engine
+    from hf_sharp._engine import weights as shift
 
     model = tiny_mlp()
     before = flat(ParamVector(model.parameters()), model).detach().clone()
@@ -266,7 +266,7 @@ def test_an_outer_autocast_region_sees_the_shift():
     landscape, _ = opened(model, WINDOW)
     epsilon = direction(model)
     casts = ("hidden.weight", "head.weight")  # autocast caches its casts of these; the others are used in float32
-    epsilon.tensors = [t if n in casts else None for n, t in zip(landscape.names, epsilon.tensors, strict=True)]
+    epsilon.tensors = [t if n in casts else None for n, t in zip(landscape.facts.names, epsilon.tensors, strict=True)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         here = landscape.evaluate()
         first = landscape.evaluate()
@@ -344,7 +344,7 @@ def test_a_gradient_that_a_subset_loses_is_noticed_in_the_full_pass():
     host = ToyHost(Inner())
     landscape = Landscape(host, [{"x": torch.randn(6, 4), "labels": torch.arange(6) % 3}])
     landscape.plan = FirstPass(only=["block.1.weight", "norm.weight"])
-    landscape.first_pass(landscape.batches[0])
+    landscape.first_pass(landscape.window.batches[0])
     landscape.evaluate(only=landscape.plan.only)
     landscape.evaluate()
     assert any("block.1.weight" in str(call) for call in host.calls)
@@ -366,13 +366,13 @@ def test_rows_are_counted_by_what_most_tensors_share():
 def test_facts_are_the_hosts_and_private_generators_repeat():
     model = tiny_mlp()
     host = ToyHost(model, scale=8.0)
-    landscape = Landscape(host)
-    facts = (landscape.step, landscape.total_steps, landscape.warmup_steps, landscape.lr, landscape.lr_max)
-    assert facts == (0, 10, 2, 0.05, 0.1) and landscape.loss_scale == 8
+    facts = Landscape(host).facts
+    known = (facts.step, facts.total_steps, facts.warmup_steps, facts.lr, facts.lr_max)
+    assert known == (0, 10, 2, 0.05, 0.1) and facts.loss_scale == 8
     state = torch.get_rng_state()
-    draws = [torch.rand(3, generator=Landscape(ToyHost(tiny_mlp())).random(tag)) for tag in ("a", "a", "b")]
+    draws = [torch.rand(3, generator=ToyHost(tiny_mlp()).facts().random(tag)) for tag in ("a", "a", "b")]
     host.step = 1
-    later = torch.rand(3, generator=landscape.random("a"))
+    later = torch.rand(3, generator=host.facts().random("a"))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], later)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -399,7 +399,7 @@ def test_taking_a_gradient_twice_is_an_error():
     landscape, _ = opened(tiny_mlp(), WINDOW)
     here = landscape.evaluate()
     here.donate()
-    with pytest.raises(RuntimeError, match="taken"):
+    with pytest.raises(RuntimeError, match="donated"):
         _ = here.grad
 
 
@@ -410,9 +410,9 @@ def test_what_is_measured_agrees_with_its_definition():
     here = landscape.evaluate()
     g = flat(here.grad, model) / 16
     epsilon = here.grad.scale(0.05 / here.grad.norm())
-    landscape.slope = here.grad.dot(epsilon)
+    slope = here.grad.dot(epsilon)
     e = flat(epsilon, model)
-    with landscape.shifted(epsilon):
+    with landscape.shifted(Shift(epsilon, slope)):
         landscape.evaluate()
     gs = window_gradient(loss_fn, w0 + e, WINDOW)
     mean = lambda w: torch.stack([loss_fn(w, batch) for batch in WINDOW]).mean()  # noqa: E731
@@ -431,8 +431,7 @@ def test_what_is_measured_agrees_with_its_definition():
 def test_the_realised_shift_of_bf16_weights_is_measured():
     model = nn.Linear(300, 300).to(torch.bfloat16)
     host = ToyHost(model)
-    landscape = Landscape(host, measuring=True)
-    landscape.rounding = "nearest"
+    landscape = Landscape(host, measuring=True, resources=Resources(host, rounding="nearest"))
     epsilon = ParamVector(1e-5 * torch.ones_like(p) for p in model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     with landscape.shifted(epsilon):

@@ -72,11 +72,11 @@ def peak_of_plain(folder, known=[]):  # noqa: B006  one for all methods
 
 
 def test_metrics_are_computed_on_logging_steps_only(tmp_path, monkeypatch):
-    from hf_sharp._engine import landscape
+    from hf_sharp._engine import mover
 
     calls = []
-    real = landscape.realised
-    monkeypatch.setattr(landscape, "realised", lambda *a: (calls.append(1), real(*a))[1])
+    real = mover.measure_shift
+    monkeypatch.setattr(mover, "measure_shift", lambda *a: (calls.append(1), real(*a))[1])
     model = tiny_bert(dropout=0.0)
     model.accepts_loss_kwargs = False
     build(SharpTrainer, model, text_rows(40), tmp_path, method=sam(), max_steps=6, logging_steps=3).train()

@@ -19,11 +19,13 @@ from transformers import (
     Trainer,
 )
 
+import family_outputs
 from hf_sharp import Constant, Landscape, SharpConfig, SharpTrainer, make_sharp, mesa, msam, plain, saf, sam, tram
 from hf_sharp._integrations.labels import shifts_labels
 from hf_sharp._perturbation.noise import noisy_inputs
 from hf_sharp._tensors.divergences import kl_sum, positions
-from models import batch_of, causal_rows, mlp_rows, seeded, text_rows, tiny_bert, tiny_llama, tiny_mlp
+from models import batch_of, causal_rows, mlp_rows, seeded, text_rows, tiny_bert, tiny_llama, tiny_mlp, windows_of
+from references import functional, sgd, trajectory
 from toy import ToyHost, opened
 from training import build, train, weights
 
@@ -236,6 +238,38 @@ def test_mesas_teacher_moves_in_bf16_weights(tmp_path):
     teacher = trainer.method._state["teacher"]
     assert all(t.dtype == torch.float32 for t in teacher.values())
     assert sum(int((t != t.bfloat16().float()).sum()) for t in teacher.values()) > 100
+
+
+@pytest.mark.parametrize("times", [{"start": 0.5}, {"interval": 3}])
+def test_mesas_average_is_taken_at_every_step_and_its_term_when_it_is_due(times, tmp_path):
+    """Du et al.'s program: the average moves from the first step on, the divergence is added later."""
+
+    def rule(grad_fn, w, layout, state, step, **settings):
+        g = family_outputs.mesa(grad_fn, w, layout, state, step, **settings)
+        due = step >= 3 if "start" in times else step % 3 == 0
+        return g if due else grad_fn(w)
+
+    rows, model, kept = mlp_rows(24), tiny_mlp(), {}
+    w0, layout, loss_fn = functional(model)
+    options = {"lam": 2.0, "decay": 0.7, "temperature": 2.0}
+    sgd_of = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = train(SharpTrainer, model, rows, tmp_path, method=mesa(**options, **times), max_steps=6, **sgd_of)
+    logits_fn = family_outputs.mlp_logits({n: p.shape for n, p in model.named_parameters()})
+    path = trajectory(
+        rule,
+        loss_fn,
+        w0,
+        windows_of(rows, 4, 1),
+        sgd(0.1),
+        6,
+        layout=layout,
+        state=kept,
+        logits_fn=logits_fn,
+        **options,
+    )
+    torch.testing.assert_close(weights(trainer), path[-1], rtol=0, atol=1e-12)
+    teacher = [part._state["teacher"] for _, part in trainer.method.named_parts() if "teacher" in part._state]
+    torch.testing.assert_close(torch.cat([t.reshape(-1) for t in teacher[0].values()]), kept["teacher"])
 
 
 def test_the_first_weights_are_those_of_the_start_of_training(tmp_path):

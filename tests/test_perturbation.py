@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -29,7 +30,7 @@ from hf_sharp import (
 )
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._perturbation.entry_masks import largest
-from models import mlp_rows, tiny_mlp, windows_of
+from models import mlp_rows, tiny_bert, tiny_mlp, windows_of
 from references import functional, window_gradient
 from toy import ToyHost, flat, opened
 from training import Recorder, build
@@ -41,7 +42,7 @@ def perturbed(perturbation, model=None, **settings):
     """Epsilon, the gradient it came from and the landscape."""
     landscape, _ = opened(model or tiny_mlp(), WINDOW, **settings)
     here = landscape.evaluate()
-    return perturbation(here.grad, landscape), here.grad, landscape
+    return perturbation(here.grad, landscape).epsilon, here.grad, landscape
 
 
 # ---- balls
@@ -54,7 +55,7 @@ def test_the_length_is_rho_in_the_balls_metric():
     epsilon, _, _ = perturbed(Perturbation(0.3, AdaptiveBall(eta=0.02)), model)
     scaled = [
         e / (w.abs() + 0.02 if "weight" in n else 1)
-        for n, e, w in zip(landscape.names, epsilon.tensors, landscape.weights.tensors, strict=True)
+        for n, e, w in zip(landscape.facts.names, epsilon.tensors, landscape.weights.tensors, strict=True)
     ]
     assert ParamVector(scaled).norm() == pytest.approx(0.3, abs=1e-12)
     epsilon, grad, _ = perturbed(Perturbation(0.3, FisherBall(eta=3.0)), model)
@@ -65,12 +66,13 @@ def test_the_length_is_rho_in_the_balls_metric():
 def test_a_perturbation_does_not_change_a_gradient_it_was_not_given():
     landscape, _ = opened(tiny_mlp(), WINDOW)
     here = landscape.evaluate()
-    before = flat(here.grad, landscape.host.model).clone()
+    before = flat(here.grad, landscape.model).clone()
     for ball in (L2Ball(), AdaptiveBall(), FisherBall()):
         Perturbation(0.1, ball)(here.grad, landscape)
-    assert torch.equal(flat(here.grad, landscape.host.model), before)
+    assert torch.equal(flat(here.grad, landscape.model), before)
     grad = here.donate()
-    assert Perturbation(0.1)(grad, landscape).tensors[0] is grad.tensors[0]  # no copy
+    memory = grad.tensors[0]
+    assert Perturbation(0.1)(grad, landscape).epsilon.tensors[0] is memory  # no copy
 
 
 def test_asam_is_invariant_to_rescaling_and_sam_is_not():
@@ -118,7 +120,7 @@ def test_an_infinite_norm_makes_all_of_the_perturbation_nan():
     landscape, _ = opened(tiny_mlp(), WINDOW)
     grad = landscape.evaluate().donate()
     grad.tensors[3].view(-1)[0] = torch.inf
-    epsilon = Perturbation(0.1)(grad, landscape)
+    epsilon = Perturbation(0.1)(grad, landscape).epsilon
     assert all(t.isnan().all() for t in epsilon.tensors)
 
 
@@ -142,8 +144,25 @@ def test_norm_layers_are_found_by_type():
 def test_a_mask_over_parameters_takes_the_norm_over_them():
     for mask in (NormLayers(), ByName(r"^norm\.")):
         epsilon, _, landscape = perturbed(Perturbation(0.2, mask=mask))
-        there = {n for n, t in zip(landscape.names, epsilon.tensors, strict=True) if t is not None}
+        there = {n for n, t in zip(landscape.facts.names, epsilon.tensors, strict=True) if t is not None}
         assert there == {"norm.weight", "norm.bias"} and epsilon.norm() == pytest.approx(0.2, abs=1e-12)
+
+
+@pytest.mark.parametrize("on", ["weights", "all"])
+def test_sam_ons_adaptive_ball_adapts_to_scales_or_as_its_authors_to_shifts_too(on):
+    """Over the norm layer alone e = rho T^2 g / ||T g||; T is |w| + eta on the scale, and on the shift if on="all"."""
+    model = tiny_mlp()
+    with torch.no_grad():
+        model.norm.bias.copy_(torch.linspace(-0.3, 0.4, 8))
+    epsilon, grad, landscape = perturbed(hf_sharp.sam_on(10.0, ball="adaptive", eta=0.02, on=on).perturbation, model)
+    w, g = model.norm, dict(zip(landscape.facts.names, grad.tensors, strict=True))
+    scale = w.weight.detach().abs() + 0.02
+    shift = w.bias.detach().abs() + 0.02 if on == "all" else torch.ones(8, dtype=torch.float64)
+    length = ((scale * g["norm.weight"]).square().sum() + (shift * g["norm.bias"]).square().sum()).sqrt()
+    moved = dict(zip(landscape.facts.names, epsilon.tensors, strict=True))
+    for name, t in (("norm.weight", scale), ("norm.bias", shift)):
+        torch.testing.assert_close(moved[name], 10.0 * t.square() * g[name] / length, rtol=1e-12, atol=0)
+    assert all(moved[name] is None for name in landscape.facts.names if not name.startswith("norm."))
 
 
 @pytest.mark.parametrize("mask", [ByName("nobody"), NormLayers()])
@@ -164,7 +183,7 @@ def test_keeping_everything_is_sam_bitwise():
     for mask in (FisherMask(keep=1.0), RandomMask(keep=1.0)):
         masked, _, _ = perturbed(Perturbation(0.1, mask=mask))
         whole, _, landscape = perturbed(Perturbation(0.1))
-        assert torch.equal(flat(masked, landscape.host.model), flat(whole, landscape.host.model))
+        assert torch.equal(flat(masked, landscape.model), flat(whole, landscape.model))
 
 
 def test_the_fisher_mask_keeps_its_support_between_refreshes_and_refresh_steps_perturb():
@@ -172,9 +191,8 @@ def test_the_fisher_mask_keeps_its_support_between_refreshes_and_refresh_steps_p
     method = Perturbation(0.1, mask=FisherMask(keep=0.2, every=3, outside="never"))
     supports = []
     for step in range(7):
-        landscape, host = opened(model, windows_of(mlp_rows(8, seed=step), 8, 1)[0])
-        host.step = step
-        epsilon = method(landscape.evaluate().grad, landscape)
+        landscape, _ = opened(model, windows_of(mlp_rows(8, seed=step), 8, 1)[0], step=step)
+        epsilon = method(landscape.evaluate().grad, landscape).epsilon
         assert epsilon.norm() > 0 and epsilon.norm() <= 0.1
         supports.append(flat(epsilon, model) != 0)
     eligible = sum(p.numel() for n, p in model.named_parameters() if "bias" not in n and "embed" not in n)
@@ -206,10 +224,49 @@ def test_renormalising_gives_the_full_radius():
 def test_batch_norm_is_outside_the_fisher_mask():
     model = tiny_mlp(norm="batch")
     epsilon, grad, landscape = perturbed(Perturbation(0.1, mask=FisherMask(keep=0.01)), model)
-    at = landscape.names.index("norm.weight")
+    at = landscape.facts.names.index("norm.weight")
     assert (epsilon.tensors[at] != 0).eq(grad.tensors[at] != 0).all()
     epsilon, _, _ = perturbed(Perturbation(0.1, mask=FisherMask(keep=0.01, outside="never")), model)
     assert epsilon.tensors[at] is None
+
+
+# Which parameters stand outside the mask, read off the models' architectures and not found by a rule.
+OUTSIDE = {
+    "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"},
+    "t5": {
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    },
+    "bert": {
+        "bert.embeddings.word_embeddings.weight",
+        "bert.embeddings.position_embeddings.weight",
+        "bert.embeddings.token_type_embeddings.weight",
+    },
+}
+BY_NAME = {
+    "gpt2": set(),
+    "t5": OUTSIDE["t5"] - {"shared.weight"},
+    "bert": OUTSIDE["bert"] | {"bert.embeddings.LayerNorm.weight"},
+}
+
+
+@pytest.mark.parametrize("embeddings, expected", [("modules", OUTSIDE), ("names", BY_NAME)])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_embeddings_are_told_by_module_or_as_the_authors_do_by_name(name, embeddings, expected):
+    model = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=8)),
+        "t5": lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        ),
+        "bert": tiny_bert,
+    }[name]()
+    landscape = Landscape(ToyHost(model))
+    mask = FisherMask(keep=0.5, embeddings=embeddings)
+    biases = {n for n, _ in model.named_parameters() if n.endswith(".bias")}
+    assert mask.whole(landscape) == expected[name] | biases
+    never = FisherMask(keep=0.5, embeddings=embeddings, outside="never").perturbed(landscape)
+    assert set(landscape.facts.names) - set(never) == expected[name] | biases
 
 
 def test_the_per_sample_fisher_is_the_mean_of_squared_row_gradients():
@@ -254,7 +311,7 @@ def test_a_random_mask_is_the_same_for_the_same_seed_and_step_and_spares_the_str
     supports = []
     for _ in range(2):
         epsilon, _, landscape = perturbed(Perturbation(0.1, mask=RandomMask(keep=0.25)))
-        supports.append(flat(epsilon, landscape.host.model) != 0)
+        supports.append(flat(epsilon, landscape.model) != 0)
     assert torch.equal(supports[0], supports[1]) and torch.equal(torch.get_rng_state(), stream)
     assert 0 < supports[0].sum() <= int(0.25 * supports[0].numel())
 
@@ -273,8 +330,8 @@ def test_an_eligible_tensor_without_gradient_at_the_refresh_does_not_move_until_
         window = [{"x": torch.randn(3, 4), "labels": torch.full((3,), which)}]
         landscape, host = opened(model, window)
         host.step = which
-        epsilon = Perturbation(0.1, mask=mask)(landscape.evaluate().grad, landscape)
-        moved = dict(zip(landscape.names, epsilon.tensors, strict=True))
+        epsilon = Perturbation(0.1, mask=mask)(landscape.evaluate().grad, landscape).epsilon
+        moved = dict(zip(landscape.facts.names, epsilon.tensors, strict=True))
         weight = moved[f"{name}.weight"]
         assert (0 if weight is None else int((weight != 0).sum())) == (4 if which == 0 else 0)
         assert moved[f"{name}.bias"].ne(0).all()  # outside: always
@@ -291,8 +348,10 @@ def test_a_row_whose_gradient_is_infinite_spoils_the_step():
 
     host.row_backward = broken
     here = landscape.evaluate()
-    Perturbation(0.1, mask=FisherMask(fisher="per_sample", samples=2))(here.grad, landscape)
-    assert landscape.hand_over(here).norm().isnan() and model.head.bias.grad.isnan().all()
+    epsilon, _ = Perturbation(0.1, mask=FisherMask(fisher="per_sample", samples=2))(here.grad, landscape)
+    with landscape.shifted(epsilon):
+        there = landscape.evaluate()
+    assert landscape.hand_over(there).norm().isnan() and model.head.bias.grad.isnan().all()
 
 
 def test_a_model_without_eligible_entries_is_refused():
@@ -306,8 +365,11 @@ def test_a_model_without_eligible_entries_is_refused():
 @pytest.mark.parametrize("mask", [None, FisherMask(keep=0.2), FisherMask(keep=0.2, renormalise=True), NormLayers()])
 @pytest.mark.parametrize("ball", [L2Ball(), AdaptiveBall(eta=0.02), FisherBall(eta=3.0)])
 def test_the_slope_is_that_of_the_perturbation(mask, ball):
-    epsilon, grad, landscape = perturbed(Perturbation(0.1, ball, mask))
-    torch.testing.assert_close(landscape.slope, grad.dot(epsilon), rtol=1e-10, atol=0)
+    landscape, _ = opened(tiny_mlp(), WINDOW)
+    grad = landscape.evaluate().grad
+    epsilon, slope = Perturbation(0.1, ball, mask)(grad, landscape)
+    torch.testing.assert_close(slope, grad.dot(epsilon), rtol=1e-10, atol=0)
+    assert Perturbation(0.1, ball, mask)(grad.scale(1.0), landscape).slope is None  # nobody knows it for the gradient
 
 
 def test_what_moves_is_told_by_share():
@@ -380,6 +442,9 @@ def test_a_schedule_that_needs_an_unknown_length_says_so():
         lambda: FisherMask(fisher="exact"),
         lambda: FisherMask(scope="layer"),
         lambda: FisherMask(outside="sometimes"),
+        lambda: FisherMask(embeddings="types"),
+        lambda: hf_sharp.sam_on(on="all"),
+        lambda: hf_sharp.sam_on(ball="adaptive", on="shifts"),
         lambda: FisherMask(samples=0),
         lambda: RandomMask(keep=-1),
         lambda: ByName("("),

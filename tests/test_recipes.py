@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from hf_sharp.recipes.report import KEY, REQUIRED
 from hf_sharp.recipes.tasks import word_tokenizer
@@ -144,6 +144,16 @@ WRONG = {
     "no data": (["--task_name", "rte", "--data_dir", "nowhere", *MODEL], "No RTE data: neither nowhere"),
     "no seeds": (["--seeds", "0"], "--seeds is a number of seeds"),
     "noise is no share": (["--label_noise", "1.5"], "between 0 and 1"),
+    "a method for adapters": (["--compare", "plain", "bi_lora"], "bi_lora: Bi-LoRA is for LoRA adapters"),
+    "another for adapters": (
+        ["--method", "bar", "--compare", "plain"],
+        "bar: BAR balances the two halves of LoRA adapters",
+    ),
+    "a third for adapters": (
+        ["--method", "flat_lora", "--compare", "plain"],
+        "flat_lora: Flat-LoRA is for LoRA adapters",
+    ),
+    "an optimizer that the method cannot use": (["--method", "msam", "--optim", "adafactor"], "msam: The optimizer"),
     "noise in a score": (["--task_name", "stsb", "--label_noise", "0.1", *MODEL], "predicts a number"),
 }
 
@@ -155,6 +165,37 @@ def test_a_wrong_command_is_refused_before_training(case, monkeypatch, tmp_path)
         main_of(monkeypatch, *arguments, "--use_cpu", "--output_dir", tmp_path / "out")
     assert str(refusal.value).startswith("glue_fsam.py: ") and message in str(refusal.value)
     assert not (tmp_path / "out" / "settings.json").exists()
+
+
+def test_a_head_of_another_size_is_found_before_training_and_replaced_on_request(glue, monkeypatch, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(glue / "model")
+    config = BertConfig.from_pretrained(glue / "model", num_labels=3)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "three")
+    tokenizer.save_pretrained(tmp_path / "three")
+    command = ["--task_name", "stsb", "--data_dir", glue, "--model_name_or_path", tmp_path / "three", *TOY]
+    command += ["--method", "plain", "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=r"its head does not fit. Add --ignore_mismatched_sizes"):
+        main_of(monkeypatch, *command)
+    assert not (tmp_path / "out" / "settings.json").exists()
+    main_of(monkeypatch, *command, "--ignore_mismatched_sizes")
+    assert [row["steps"] for row in rows_in(tmp_path / "out")] == [2]
+
+
+def test_saf_gets_the_numbers_of_the_rows(monkeypatch, tmp_path):
+    main_of(monkeypatch, *TOY, "--method", "saf", "--compare", "plain", "--label_noise", "0", "--output_dir", tmp_path)
+    assert [(row["method"], row["steps"]) for row in rows_in(tmp_path)] == [("plain", 2), ("saf", 2)]
+
+
+def test_a_package_that_is_used_after_training_is_missed_before(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", missing("scipy", importlib.util.find_spec))
+    with pytest.raises(SystemExit, match="needs scipy, which is not installed: pip install scipy"):
+        main_of(monkeypatch, *TOY, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out" / "settings.json").exists()
+
+
+def missing(package, find):
+    """As `find`, for a machine without the package."""
+    return lambda name, *rest: None if name == package else find(name, *rest)
 
 
 def test_a_config_file_with_an_unknown_flag(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_sharp import Landscape, ParamVector, SharpTrainer, sam
+from hf_sharp._engine.resources import Resources
 from hf_sharp._engine.rounding import cast_by_autocast, stochastic
 from models import mlp_rows, text_rows, tiny_bert, tiny_mlp
 from toy import ToyHost
@@ -52,8 +53,7 @@ class Autocast(ToyHost):
 
 
 def realised(host, epsilon, rounding="stochastic"):
-    landscape = Landscape(host, measuring=True)
-    landscape.rounding = rounding
+    landscape = Landscape(host, measuring=True, resources=Resources(host, rounding))
     before = [p.detach().clone() for p in host.parameters.values()]
     with landscape.shifted(ParamVector([epsilon])):
         pass

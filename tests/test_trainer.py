@@ -511,7 +511,7 @@ class Growing(Method):
 
     def gradient(self, landscape):
         here = landscape.evaluate()
-        for _ in range(landscape.step):
+        for _ in range(landscape.facts.step):
             landscape.evaluate()
         return here
 
@@ -695,7 +695,11 @@ def test_a_part_of_a_window_is_normalised_by_its_own_tokens(tmp_path):
             here = landscape.evaluate()
             part = landscape.evaluate(fraction=0.5)
             seen.append(
-                (here.loss.item(), part.loss.item(), [b["labels"].ne(-100).sum().item() for b in landscape.batches])
+                (
+                    here.loss.item(),
+                    part.loss.item(),
+                    [b["labels"].ne(-100).sum().item() for b in landscape.window.batches],
+                )
             )
             return here
 

@@ -44,14 +44,14 @@ def step(method, model, window, measuring=False):
     shifts = []
     shifted = landscape.shifted
 
-    def watched(epsilon):
-        shifts.append(flat(epsilon, model).clone())
-        return shifted(epsilon)
+    def watched(shift):
+        shifts.append(flat(shift.epsilon, model).clone())
+        return shifted(shift)
 
     landscape.shifted = watched
     grad = flat(landscape.first.grad, model).clone()
-    method.gradient(landscape)
-    return grad, shifts[-1], landscape.metrics["sharp_radius"]
+    there = method.gradient(landscape)
+    return grad, shifts[-1], there.metrics["sharp_radius"]
 
 
 def test_the_direction_is_w_squared_times_g():
@@ -178,7 +178,7 @@ def test_the_first_weights_of_an_adapter_are_the_model_without_it(tmp_path):
     landscape = Landscape(trainer._sharp_host, [batch])
     with trainer._sharp_host.watched():
         model(**batch)
-    torch.testing.assert_close(landscape.outputs_at(batch, landscape.vector(kept)).logits, expected)
+    torch.testing.assert_close(landscape.outputs_at(batch, landscape.facts.vector(kept)).logits, expected)
     assert not torch.equal(landscape.outputs_at(batch).logits, expected)
 
 

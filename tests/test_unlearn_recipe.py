@@ -56,6 +56,15 @@ def test_demo_attacks_every_model_and_draws_the_curves(demo):
     assert (demo / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("package, name", [("rouge_score", "rouge-score"), ("matplotlib", "matplotlib")])
+def test_a_package_that_is_used_after_training_is_missed_before(package, name, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda sought, *rest: None if sought == package else find(sought))
+    with pytest.raises(SystemExit, match=f"needs {name}, which is not installed: pip install {name}"):
+        main_of(monkeypatch, *TOY, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_running_again_skips_what_is_there(demo, monkeypatch, capsys):
     rows = rows_in(demo)
     (demo / "results.json").write_text(json.dumps(rows[:-1]))  # as if cut off before the last run was written

@@ -72,5 +72,13 @@ def test_a_vector_given_up_is_worked_on_in_place_and_any_other_is_copied():
     kept, spent = ParamVector([torch.ones(2)]), ParamVector([torch.ones(2)])
     spent.donated = True
     assert kept.own().tensors[0] is not kept.tensors[0]
-    assert spent.own().tensors[0] is spent.tensors[0]
-    assert spent.own().tensors[0] is not spent.tensors[0]  # once
+    memory = spent.tensors[0]
+    assert spent.own().tensors[0] is memory
+    with pytest.raises(RuntimeError, match="donated and has been used"):
+        spent.own()
+
+
+@pytest.mark.parametrize("write", [lambda v: 0.05 * v, lambda v: v / 2, lambda v: v + v, lambda v: -v])
+def test_operators_say_what_to_write(write):
+    with pytest.raises(TypeError, match=r"vector\.scale"):
+        write(ParamVector([torch.ones(2)]))

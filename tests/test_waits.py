@@ -11,8 +11,9 @@ import torch
 import hf_sharp._perturbation.noise
 import peft_models
 from cases import METHODS
-from hf_sharp._engine.facts import Facts
-from hf_sharp._engine.replay import RandomState
+from hf_sharp._engine.facts import StepFacts
+from hf_sharp._engine.landscape import Landscape
+from hf_sharp._engine.random_state import RandomState
 from hf_sharp._integrations.stepper import Stepper
 from models import mlp_rows, tiny_mlp, windows_of
 from toy import ToyHost
@@ -24,11 +25,8 @@ DECIDES = ("adaptive",)  # by the gradient's norm: its docstring says that it wa
 def on_meta(monkeypatch):
     """What needs a generator on the device, or a stream of its own, is drawn on the host."""
     record = RandomState.record
-    monkeypatch.setattr("hf_sharp._engine.passes.RandomState.record", staticmethod(lambda devices: record(set())))
-    monkeypatch.setattr(
-        "hf_sharp._engine.passes.streams_kept", lambda devices: hf_sharp._engine.replay.streams_kept(set())
-    )
-    monkeypatch.setattr(Facts, "random", lambda self, tag, device="cpu": torch.Generator())
+    monkeypatch.setattr("hf_sharp._engine.tape.RandomState.record", staticmethod(lambda devices: record(set())))
+    monkeypatch.setattr(StepFacts, "random", lambda self, tag, device="cpu": torch.Generator())
     monkeypatch.setattr(
         hf_sharp._perturbation.noise,
         "_noise",
@@ -44,7 +42,7 @@ def test_nor_does_a_step_with_adapters(name, on_meta, monkeypatch):
     host = ToyHost(peft_models.lora_mlp().to("meta"))
     host.loss_scale = host.loss_scale.to("meta")
     method = peft_models.METHODS[name]()
-    host.added = {n: torch.nn.Parameter(value) for n, value in method.adds(Facts(host)).items()}
+    host.added = {n: torch.nn.Parameter(value) for n, value in method.adds(Landscape(host)).items()}
     three_steps(method, host)
     assert all(p.grad is not None for p in host.added.values())
 
@@ -54,7 +52,7 @@ def three_steps(method, host, columns=("x", "labels")):
     rows = [{key: row[key].to("meta") for key in columns} for row in mlp_rows(24)]
     for step, window in enumerate(windows_of(rows, micro=4, accumulate=2)):
         host.step, host.micro_batches = step, len(window)
-        stepper.expect(window)
+        stepper.begin_window(window)
         for index, batch in enumerate(window):
             stepper.micro_batch(batch, last=index == 1)
         stepper.before_update()

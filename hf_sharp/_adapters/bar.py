@@ -60,7 +60,7 @@ class BAR(Method):
 
     def check(self, landscape: Landscape) -> None:
         """Refuse a model without adapters, and adapters in which 1 + k is 1."""
-        pairs = _pairs(landscape.names)
+        pairs = _pairs(landscape.facts.names)
         if not pairs:
             raise ValueError(
                 "BAR balances the two halves of LoRA adapters, and among the trainable parameters is no such pair "
@@ -75,16 +75,16 @@ class BAR(Method):
 
     def start_note(self, landscape: Landscape) -> str:
         """It looks around nowhere."""
-        return f"balances {len(_pairs(landscape.names))} adapters before each update"
+        return f"balances {len(_pairs(landscape.facts.names))} adapters before each update"
 
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The gradient here; which half is the larger is decided now, and acted upon before the update."""
         here = landscape.evaluate()
-        strength = strength_at(self.mu, landscape, "mu") * landscape.lr
+        strength = strength_at(self.mu, landscape.facts, "mu") * landscape.facts.lr
         if strength == 0:
             return here
         grads, weights = here.grad.tensors, landscape.weights.tensors
-        used = [pair for pair in _pairs(landscape.names) if all(grads[half] is not None for half in pair)]
+        used = [pair for pair in _pairs(landscape.facts.names) if all(grads[half] is not None for half in pair)]
         if not used:
             return here
         compared, grows = (grads, strength) if self.kind == "n" else (weights, -strength)

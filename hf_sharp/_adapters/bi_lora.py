@@ -81,40 +81,40 @@ class BiLoRA(Method):
     def check(self, landscape: Landscape) -> None:
         """Refuse a model whose adapters the auxiliary cannot join."""
         refuse_shards(landscape, NAME)
-        lora_linears(landscape.host.model, NAME)
+        lora_linears(landscape.model, NAME)
 
     def start_note(self, landscape: Landscape) -> str:
         """The auxiliary."""
-        linears = lora_linears(landscape.host.model, NAME)
+        linears = lora_linears(landscape.model, NAME)
         entries = sum(self.rank * (linear.down.in_features + linear.up.out_features) for linear in linears)
         return f"climbs in {len(linears)} layers with an auxiliary adapter of {entries:,} entries"
 
     def adds(self, landscape: Landscape) -> dict[str, Tensor]:
         """A2 uniform in 1 / sqrt(inputs), as LoRA's A; B2 zero; in float32 or better, on the adapters' devices."""
         values = {}
-        for linear in lora_linears(landscape.host.model, NAME):
+        for linear in lora_linears(landscape.model, NAME):
             weight, inputs, outputs = linear.down.weight, linear.down.in_features, linear.up.out_features
             kind = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-            draw = torch.rand(self.rank, inputs, generator=landscape.random(f"bi_lora/{linear.name}"))
+            draw = torch.rand(self.rank, inputs, generator=landscape.facts.random(f"bi_lora/{linear.name}"))
             values[f"{linear.name}.A2"] = ((2 * draw - 1) / math.sqrt(inputs)).to(**kind)
             values[f"{linear.name}.B2"] = torch.zeros(outputs, self.rank, **kind)
         return values
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
         """The auxiliary joins the adapters for each micro-batch's pass."""
-        if strength_at(self.rho, landscape, "rho") == 0:
+        if strength_at(self.rho, landscape.facts, "rho") == 0:
             return FirstPass()
         layers = self._layers(landscape)
         return FirstPass(within=lambda: joined(layers))
 
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The gradient of the one pass, its auxiliary half negated; after the update the auxiliary is clipped."""
-        here, rho, added = landscape.evaluate(), strength_at(self.rho, landscape, "rho"), landscape.added
+        here, rho, added = landscape.evaluate(), strength_at(self.rho, landscape.facts, "rho"), landscape.facts.added
         if rho == 0:
             return here
         parameters = list(added.values())
         grads = ParamVector(p.grad for p in parameters)
-        if landscape.host.ranks > 1:
+        if landscape.facts.ranks > 1:
             grads = _mean_over_ranks(parameters, landscape)
         for parameter, grad in zip(parameters, grads.tensors, strict=True):
             parameter.grad = None if grad is None else grad.neg_()
@@ -122,7 +122,7 @@ class BiLoRA(Method):
         return here.with_update(after=lambda: clip_(pairs, rho))
 
     def _layers(self, landscape: Landscape) -> list[Joined]:
-        added, linears = landscape.added, lora_linears(landscape.host.model, NAME)
+        added, linears = landscape.facts.added, lora_linears(landscape.model, NAME)
         if {f"{linear.name}.A2" for linear in linears} != {name for name in added if name.endswith(".A2")}:
             raise ValueError(
                 "The active adapters are not those that training began with, so Bi-LoRA's auxiliary does not fit. "

@@ -87,16 +87,16 @@ class FlatLoRA(Method):
     def check(self, landscape: Landscape) -> None:
         """Refuse a model without plain adapters, and weights that noise cannot be added to."""
         refuse_shards(landscape, NAME)
-        _bases(landscape.host.model)
+        _bases(landscape.model)
 
     def start_note(self, landscape: Landscape) -> str:
         """The base weights."""
-        sizes = [base.weight.numel() for base in _bases(landscape.host.model)]
+        sizes = [base.weight.numel() for base in _bases(landscape.model)]
         return f"puts noise on {len(sizes)} frozen base weights ({sum(sizes):,} entries) during each pass"
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
         """The noise is known before the data; each micro-batch's pass draws the same."""
-        sigma = strength_at(self.sigma, landscape, "sigma")
+        sigma = strength_at(self.sigma, landscape.facts, "sigma")
         return FirstPass(within=lambda: _noisy(landscape, sigma)) if sigma > 0 else FirstPass()
 
     def gradient(self, landscape: Landscape) -> Evaluation:
@@ -106,10 +106,10 @@ class FlatLoRA(Method):
 
 @contextmanager
 def _noisy(landscape: Landscape, sigma: float) -> Iterator[None]:
-    bases = _bases(landscape.host.model)
+    bases = _bases(landscape.model)
     with landscape.restored([base.weight for base in bases]):
         for base in bases:
-            _add_noise_(base, sigma, landscape.random(f"flat_lora/{base.linear.name}", base.weight.device))
+            _add_noise_(base, sigma, landscape.facts.random(f"flat_lora/{base.linear.name}", base.weight.device))
         torch.clear_autocast_cache()
         yield
 

@@ -69,7 +69,7 @@ def refuse_shards(landscape: Landscape, who: str) -> None:
     Raises:
         ValueError: under FSDP.
     """
-    if landscape.sharded:
+    if landscape.facts.sharded:
         raise ValueError(f"{who} does not work with sharded parameters (FSDP). Use DDP, or bar or sam, which do.")
 
 

@@ -1,127 +1,74 @@
-"""What is known at a step without looking at the data: what schedules, balls and masks read."""
+"""What is known at a step without looking at the data: what schedules, balls, masks and methods read."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from hf_sharp._engine.host import Host
 from hf_sharp._tensors.shards import placed
 from hf_sharp._tensors.vector import ParamVector
 
 
-class Facts:
-    """The host's facts under the names that methods use.
+def _no_grids() -> Mapping[str, torch.dtype | None]:
+    return {}
 
-    Args:
-        host: the training loop.
+
+@dataclass(frozen=True)
+class StepFacts:
+    """The facts of one optimizer step, written down once by the host when the step begins.
+
+    Attributes:
+        parameters: the trainables of the optimizer's groups by name, each tied tensor once. Their order is that of
+            every `ParamVector`.
+        step: the number of optimizer steps made before this one; methods keep no counters.
+        total_steps: the number of optimizer steps of this training, None if unknown.
+        warmup_steps: how many of them the learning rate warms up, None if unknown.
+        lr: the present learning rate (of the first group).
+        lr_max: the largest learning rate of the schedule.
+        loss_scale: the factor on the loss that the gradients carry, a 0-dim tensor; 1 without a gradient scaler.
+        seed: the training's seed.
+        rank: the number of this process among `ranks`.
+        ranks: how many processes train together.
+        sharded: whether parameters are spread over ranks; no rank then has a gradient by itself.
+        shifts_labels: whether the labels of a position are those of the next one, as in causal language models.
+        autocast: the 16-bit dtype that the host's forward computes in, None for the weights' own precision.
+        skips_overflows: whether a scaler skips the step where a gradient is not finite.
+        added: the parameters that the method trains beside the model's (`Part.adds`), by the method's names.
+        find_grids: gives `grids`; called at most once, where a shift is added.
     """
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    parameters: Mapping[str, nn.Parameter]
+    step: int
+    total_steps: int | None
+    warmup_steps: int | None
+    lr: float
+    lr_max: float
+    loss_scale: Tensor
+    seed: int
+    rank: int = 0
+    ranks: int = 1
+    sharded: bool = False
+    shifts_labels: bool = False
+    autocast: torch.dtype | None = None
+    skips_overflows: bool = False
+    added: Mapping[str, nn.Parameter] = field(default_factory=lambda: MappingProxyType({}))
+    find_grids: Callable[[], Mapping[str, torch.dtype | None]] = field(default=_no_grids, repr=False)
 
-    @property
-    def step(self) -> int:
-        """The number of optimizer steps made before this one; methods keep no counters."""
-        return self.host.step
-
-    @property
-    def total_steps(self) -> int | None:
-        """The number of optimizer steps of this training, None if unknown."""
-        return self.host.total_steps
-
-    @property
-    def warmup_steps(self) -> int | None:
-        """How many steps the learning rate warms up, None if unknown."""
-        return self.host.warmup_steps
-
-    @property
-    def lr(self) -> float:
-        """The present learning rate."""
-        return self.host.lr
-
-    @property
-    def lr_max(self) -> float:
-        """The largest learning rate of the schedule."""
-        return self.host.lr_max
-
-    @property
-    def loss_scale(self) -> Tensor:
-        """The factor that this step's gradients carry, a 0-dim tensor; 1 without a scaler."""
-        return self.host.loss_scale
-
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The parameters' names, in the order of every `ParamVector`."""
-        return list(self.host.parameters)
+        return list(self.parameters)
 
-    @property
-    def weights(self) -> ParamVector:
-        """The present weights, as views: they change when the weights do."""
-        return ParamVector(p.detach() for p in self.host.parameters.values())
-
-    @property
-    def added(self) -> Mapping[str, nn.Parameter]:
-        """The method's own parameters, those of `Part.adds`; their gradients are left to the method."""
-        return self.host.added
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """The 16-bit dtype that forwards compute in, None for the weights' own precision."""
-        return self.host.autocast
-
-    @property
-    def shifts_labels(self) -> bool:
-        """Whether the labels of a position are those of the next one, as in causal language models."""
-        return self.host.shifts_labels
-
-    def momentum(self) -> ParamVector | None:
-        """The momentum that the optimizer has gathered so far, loss scale removed.
-
-        Returns:
-            SGD's momentum or Adam's first moment, not to be changed; None before the first step.
-        """
-        found = self.host.momentum()
-        return None if found is None else ParamVector(found.get(name) for name in self.names)
-
-    def mean_over_ranks(self, vector: ParamVector) -> ParamVector:
-        """The mean of a vector over all ranks.
-
-        Args:
-            vector: one that this rank has by itself, with tensors for the same parameters on every rank.
-
-        Returns:
-            The mean, equal on all ranks.
-        """
-        if self.host.ranks == 1:
-            return vector
-        means = iter(self.host.mean_over_ranks(vector.present()))
-        return vector.map(lambda _: next(means))
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters are spread over ranks, so that no rank can have a gradient by itself."""
-        return self.host.sharded
-
-    def over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks.
-
-        Args:
-            value: the same shape on every rank.
-
-        Returns:
-            The sum, equal on all ranks.
-        """
-        return value if self.host.ranks == 1 else self.host.mean_over_ranks([value])[0] * self.host.ranks
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The model's modules by name, sharded ones with their shards."""
-        self.host.reshard()
-        return dict(self.host.model.named_modules())
+    @cached_property
+    def grids(self) -> Mapping[str, torch.dtype | None]:
+        """The 16-bit format in which a forward sees each parameter, None where it sees all of it."""
+        return self.find_grids()
 
     def named(self, vector: ParamVector) -> dict[str, Tensor]:
         """A vector as a dict, the form in which methods keep state.
@@ -143,8 +90,7 @@ class Facts:
         Returns:
             The vector, None where the dict has nothing.
         """
-        parameters = self.host.parameters.items()
-        return ParamVector(placed(named[name], p) if name in named else None for name, p in parameters)
+        return ParamVector(placed(named[name], p) if name in named else None for name, p in self.parameters.items())
 
     def cast(self, vector: ParamVector) -> ParamVector:
         """A vector in the dtypes of the parameters.
@@ -155,7 +101,7 @@ class Facts:
         Returns:
             The same tensors where nothing is to be cast.
         """
-        pairs = zip(vector.tensors, self.host.parameters.values(), strict=True)
+        pairs = zip(vector.tensors, self.parameters.values(), strict=True)
         return ParamVector(None if t is None else t.to(p.dtype) for t, p in pairs)
 
     def random(self, tag: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -168,5 +114,5 @@ class Facts:
         Returns:
             The generator; the global random stream is not touched.
         """
-        digest = hashlib.blake2b(f"{self.host.seed}/{self.step}/{tag}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self.seed}/{self.step}/{tag}".encode(), digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,78 +1,73 @@
-"""What a door tells the engine: the `Host`, one small class a training loop."""
+"""What an integration tells the engine, and does for it: the `Host`, one class a training loop."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_sharp._engine import rows
+from hf_sharp._engine.facts import StepFacts
+from hf_sharp._engine.terms import like
+from hf_sharp._engine.undo import Undo
 
 
 class Host(ABC):
-    """What a door tells the engine of the training loop it stands in.
+    """The training loop that an integration stands in.
 
     Attributes:
-        model: the module whose buffers and modes the passes may move, unwrapped.
-        parameters: the trainables of the optimizer's groups by name, each tied tensor once.
-        step: the number of optimizer steps made before this one.
-        total_steps: the number of optimizer steps of this training, None if unknown.
-        warmup_steps: how many of them the learning rate warms up, None if unknown.
-        lr: the present learning rate (of the first group).
-        lr_max: the largest learning rate of the schedule.
-        loss_scale: the factor on the loss that the gradients carry, a 0-dim tensor.
-        seed: the training's seed.
-        rank: the number of this process among `ranks`.
-        ranks: how many processes train together.
-        sharded: whether parameters are spread over ranks; gradients then exist only where they are reduced.
-        shifts_labels: whether the labels of a position are those of the next one, as in causal language models.
-        autocast: the 16-bit dtype that the host's forward computes in, None for the weights' own precision.
-        term: the named term of the loss whose batches are being passed through, None outside of named terms.
-        added: the parameters in the optimizer that the method trains beside the model's, by the method's names.
+        model: the module whose state the passes may move, unwrapped.
+        keeps_gradients: whether a gradient that was taken out of `p.grad` stays what it is during later backwards; not
+            so where DDP hands out views of its buckets.
+        accumulates: whether what is in `p.grad` when a window begins is part of the step; a closure clears it itself.
     """
 
-    added: Mapping[str, nn.Parameter] = MappingProxyType({})
-
     model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    step: int
-    total_steps: int | None
-    warmup_steps: int | None
-    lr: float
-    lr_max: float
-    loss_scale: Tensor
-    seed: int
-    rank: int
-    ranks: int
-    autocast: torch.dtype | None
-    shifts_labels: bool
-    sharded: bool
-    term: str | None = None
+    keeps_gradients: bool = True
+    accumulates: bool = True
 
-    @property
-    def skips_overflows(self) -> bool:
-        """Whether a scaler skips the step where a gradient is not finite; it waits for the device to know."""
-        return False
+    @cached_property
+    def undo(self) -> Undo:
+        """What is out of its place in this loop during a step."""
+        return Undo()
 
     @abstractmethod
-    def backward(
-        self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Callable[[Any, Any], Any] | None = None
-    ) -> Tensor:
-        """Forward and backward of one micro-batch as the host does it, adding to `p.grad`.
-
-        Args:
-            batch: the micro-batch as the host's loader gave it.
-            only: parameters whose gradients suffice, None for all.
-            hook: hook(outputs, batch), called after the forward; what it returns, if not None, is added to the loss in
-                the units of the whole window's loss (over all ranks), whatever the host divides by.
+    def facts(self) -> StepFacts:
+        """What is known at this step without its data, read anew; asked once a step.
 
         Returns:
-            The detached loss as the host logs it, without the loss scale.
+            The facts.
+        """
+
+    @abstractmethod
+    def normaliser(self, batches: Sequence[Any] | None) -> Any:
+        """What the loss of some micro-batches is divided by, in a form that only this host reads.
+
+        Args:
+            batches: micro-batches that are taken for a whole window; None for the window that the loop is in, with
+                what the loop itself has counted.
+
+        Returns:
+            To be given to `backward`.
+        """
+
+    @abstractmethod
+    def backward(self, batch: Any, normaliser: Any, only: Sequence[nn.Parameter] | None, hook: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch as the loop does it, adding to `p.grad`.
+
+        Args:
+            batch: the micro-batch as the loop's loader gave it.
+            normaliser: what its loss is divided by.
+            only: parameters whose gradients suffice, None for all.
+            hook: hook(outputs, batch), called after the forward; what it returns, if not None, is added to the loss in
+                the units of the whole window's loss (over all ranks), whatever the loop divides by.
+
+        Returns:
+            The detached loss as the loop logs it, a 0-dim tensor without the loss scale.
         """
 
     @abstractmethod
@@ -80,18 +75,17 @@ class Host(ABC):
         """The model's outputs for one micro-batch in training mode; called without gradients.
 
         Args:
-            batch: the micro-batch as the host's loader gave it.
+            batch: the micro-batch as the loop's loader gave it.
 
         Returns:
             The outputs.
         """
 
     @abstractmethod
-    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
+    def recompute(self, weights: Mapping[str, Tensor]) -> Any:
         """The model called once more as in the pass that is being made, inside a hook; called without gradients.
 
         Args:
-            batch: the micro-batch.
             weights: values to use in place of parameters and buffers, by name; these themselves are not touched.
 
         Returns:
@@ -100,7 +94,7 @@ class Host(ABC):
 
     @abstractmethod
     def row_backward(self, row: Any) -> None:
-        """Forward and backward of one row in evaluation mode with the host's loss, on this rank alone.
+        """Forward and backward of one row in evaluation mode with the loop's loss, on this rank alone.
 
         Args:
             row: a micro-batch of one row.
@@ -116,18 +110,7 @@ class Host(ABC):
         Returns:
             A micro-batch of these rows.
         """
-        return rows.part(batch, wanted)
-
-    @abstractmethod
-    def window(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
-        """While open, `backward` normalises its loss as if `batches` were the whole window.
-
-        Args:
-            batches: micro-batches.
-
-        Returns:
-            The context.
-        """
+        return like(rows.part(batch, wanted), batch)
 
     @abstractmethod
     def unsynced(self) -> AbstractContextManager[Any]:
@@ -138,7 +121,7 @@ class Host(ABC):
         """
 
     def synced(self) -> AbstractContextManager[Any]:
-        """While open, backwards are reduced over ranks, whatever the loop is doing; asked for where `sharded` only.
+        """While open, backwards are reduced over ranks, whatever the loop is doing; asked for with shards only.
 
         Returns:
             The context.
@@ -149,25 +132,13 @@ class Host(ABC):
         """Let the next forward gather sharded weights anew; called whenever they have been moved."""
         return
 
-    def seen_in(self, parameter: nn.Parameter) -> torch.dtype | None:
-        """The dtype to which a parameter is cast before any forward, other than by autocast.
-
-        Args:
-            parameter: one of `parameters`.
+    def stateful(self) -> Mapping[str, object]:
+        """What passes may move beside the weights, to be put back after passes that are repeated.
 
         Returns:
-            The dtype, None for its own.
+            Objects by the name to call them by: the model, and what the loop's loss writes in.
         """
-        del parameter
-        return None
-
-    @abstractmethod
-    def records_kept(self) -> AbstractContextManager[None]:
-        """While open, what the host writes down in its passes (token counts, scores) is forgotten afterwards.
-
-        Returns:
-            The context.
-        """
+        return {"model": self.model}
 
     @abstractmethod
     def refuse_subsets(self, reason: str) -> None:

@@ -1,14 +1,14 @@
 """The step engine: a `Landscape` answers what the loss and its gradient are, here or at a shifted point.
 
-The contract, which every method and every door relies on:
+The contract, which every method and every integration relies on:
 
 1. `evaluate()` is the loss and gradient over the whole accumulation window at the present weights, with the host's own
    loss, scaling, autocast and reduction. The first evaluation of a step is made by the host's own micro-batch calls
-   (`first_pass`), so that its logs are the host's; it moves random streams and buffers on as one plain backward would.
-   Later evaluations replay the streams of the first, micro-batch by micro-batch, and leave streams and buffers alone.
-   Afterwards every `p.grad` is None. (All this is `hf_sharp._engine.passes`.)
-2. `shifted(epsilon)` adds epsilon to the weights, in place in their storage, and copies the old weights back at the
-   end: bitwise, also after an exception, an out-of-memory error or Ctrl-C.
+   (`first_pass`), so that its logs are the host's; it moves random streams and state on as one plain backward would.
+   Later evaluations begin each micro-batch with the streams and the state of its first pass, and leave both alone.
+   Afterwards every `p.grad` is None.
+2. `shifted(shift)` adds a perturbation to the weights, in place in their storage, and copies the old weights back at
+   the end: bitwise, also after an exception, an out-of-memory error or Ctrl-C.
 3. Nothing here waits for the device, and nothing branches on a number that only the device knows: inf and NaN flow
    through the passes to the gradient handed over, where the host's scaler sees them. (With a scaler, which waits
    itself, the stepper waits in steps that changed the method's state.)
@@ -16,44 +16,50 @@ The contract, which every method and every door relies on:
    no gradient came.
 
 Within a step gradients are loss-scaled as the host's are. What is not homogeneous of degree one in the gradient, or is
-kept from step to step, divides by `loss_scale`.
+kept from step to step, divides by `facts.loss_scale`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sharp._engine.evaluation import Evaluation, FirstPass
+from hf_sharp._engine import gradients
+from hf_sharp._engine.evaluation import Evaluation, FirstPass, Hook, Names, Shift
 from hf_sharp._engine.host import Host
+from hf_sharp._engine.mover import Mover
 from hf_sharp._engine.passes import Passes
-from hf_sharp._engine.rounding import cast_by_autocast, move_rounded_
-from hf_sharp._engine.shift import Pool, displaced, realised, seen
-from hf_sharp._engine.terms import TermHost, part_of
-from hf_sharp._tensors.shards import shard_of
-from hf_sharp._tensors.vector import ParamVector, copy_, move_, total
+from hf_sharp._engine.renamed import OF_LANDSCAPE, renamed
+from hf_sharp._engine.resources import Resources
+from hf_sharp._engine.tape import Tape
+from hf_sharp._engine.terms import part_of
+from hf_sharp._engine.window import Window
+from hf_sharp._tensors.vector import ParamVector, total
+
+FORWARD = 1 / 3  # what a forward alone costs, in forward-backward passes
 
 
-class Landscape(Passes):
+class Landscape:
     """The loss around the present weights for one accumulation window.
 
+    It holds four parts: `facts` of the step, the `window` of micro-batches, and, for itself, one that makes passes and
+    one that moves weights.
+
     Args:
-        host: the training loop this stands in.
-        batches: the window's micro-batches; empty when only facts are asked for.
+        host: the training loop.
+        batches: the window's micro-batches, as far as they are known; empty when only facts are asked for.
         measuring: whether this step's metrics are wanted (they cost no pass and no copy, but some arithmetic).
-        pool: memory for copies of the weights, if it is kept from step to step.
+        resources: what lasts from step to step; None for some of its own.
         size: how many micro-batches the window will have; None for as many as are given.
 
     Attributes:
-        rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" or "nearest".
-        metrics: what was measured of the last shift, 0-dim tensors by name.
-        slope: <g, e>, noted by the perturbation while both are known.
-        doubt: a 0-dim tensor, 0 or NaN, that is added to the gradient handed over: NaN if something that the method
-            used besides its evaluations was not finite.
+        facts: what is known at this step without its data.
+        window: the micro-batches.
+        measuring: whether this step's metrics are wanted.
         losses: with named terms, what the host logged for each so far, without its weight.
     """
 
@@ -62,22 +68,22 @@ class Landscape(Passes):
         host: Host,
         batches: Sequence[Any] = (),
         measuring: bool = False,
-        pool: Pool | None = None,
+        resources: Resources | None = None,
         size: int | None = None,
     ) -> None:
-        super().__init__(host, batches, size)
-        self.measuring = measuring
-        self._pool = Pool() if pool is None else pool
-        self.rounding = "stochastic"
-        self._shifts, self._collected = 0, False
-        self.metrics: dict[str, Tensor] = {}
-        self.slope: Tensor | None = None
-        self.doubt: Tensor | None = None
+        self._host = host
+        self._resources = Resources(host) if resources is None else resources
+        self.facts = host.facts()
+        devices = {p.device for p in self.facts.parameters.values() if p.device.type != "cpu"}
+        self._tape = Tape(self._resources, devices)
+        self._set_up(Window(host, self._tape, batches, size), measuring)
+
+    def _set_up(self, window: Window, measuring: bool) -> None:
+        self.window, self.measuring = window, measuring
+        self._passes = Passes(self._host, self.facts, window, self._resources.undo)
+        self._mover = Mover(self._host, self.facts, self._resources, measuring)
         self.losses: dict[str, Tensor] = {}
         self._terms: dict[str, Landscape] = {}
-        self._partial: list[Tensor | None] | None = None
-        self._here: Tensor | None = None
-        self._there: Evaluation | None = None
 
     def __getitem__(self, term: str) -> Landscape:
         """The landscape of one named term of the loss, for batches that are dicts of batches.
@@ -87,126 +93,279 @@ class Landscape(Passes):
 
         Returns:
             A landscape with the same verbs, over that part of the window.
+
+        Raises:
+            ValueError: if a micro-batch of the window has no such part, or there is no window yet.
         """
         if term not in self._terms:
-            batches = [part_of(batch, term) for batch in self.batches]
-            self._terms[term] = Landscape(TermHost(self.host, batches, term), batches, self.measuring, self._pool)
-            self._terms[term].rounding = self.rounding
+            if not self.window.batches:
+                raise ValueError(f"There is no window yet, and so no landscape of its term '{term}'.")
+            batches = [part_of(batch, term) for batch in self.window.batches]
+            inner = Landscape.__new__(Landscape)
+            inner._host, inner._resources, inner.facts = self._host, self._resources, self.facts
+            inner._tape = self._tape  # the first passes of all terms move the same streams and the same state
+            inner._set_up(Window(self._host, self._tape, batches, self.window.size, apart=True), self.measuring)
+            self._terms[term] = inner
         return self._terms[term]
 
-    def first_pass(self, batch: Any) -> Tensor:
-        """One micro-batch of the step's first evaluation; with named terms, each term's in turn.
+    def __getattr__(self, name: str) -> Any:
+        return renamed(self, name, OF_LANDSCAPE)
+
+    # --- where this is -----------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> ParamVector:
+        """The present weights, as views: they change when the weights do."""
+        return ParamVector(p.detach() for p in self.facts.parameters.values())
+
+    @property
+    def model(self) -> nn.Module:
+        """The unwrapped model."""
+        return self._host.model
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The model's modules by name, sharded ones with their shards."""
+        self._host.reshard()
+        return dict(self._host.model.named_modules())
+
+    def momentum(self) -> ParamVector | None:
+        """The momentum that the optimizer has gathered so far, loss scale removed.
+
+        Returns:
+            SGD's momentum or Adam's first moment, not to be changed; None before the first step.
+        """
+        found = self._host.momentum()
+        return None if found is None else ParamVector(found.get(name) for name in self.facts.names)
+
+    def mean_over_ranks(self, vector: ParamVector) -> ParamVector:
+        """The mean of a vector over all ranks.
 
         Args:
-            batch: the next micro-batch of the window, as the host gives it.
+            vector: one that this rank has by itself, with tensors for the same parameters on every rank.
 
         Returns:
-            The loss that the host logs.
+            The mean, equal on all ranks.
         """
-        if self.plan.terms is None:
-            return super().first_pass(batch)
-        losses = []
-        for term, weight in self.plan.terms.items():
-            loss = self[term]._first_pass_apart(part_of(batch, term))
-            self.losses[term] = self.losses[term] + loss if term in self.losses else loss
-            losses.append(weight * loss)
-        return total(losses)
+        return self._passes.mean(vector)
 
-    def close(self) -> None:
-        """Let go of the window and of what the method asked for, which refers back to this landscape."""
-        self.plan, self.batches = FirstPass(), []
-        for landscape in self._terms.values():
-            landscape.close()
-        self._terms = {}
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks.
 
-    def measured(self) -> dict[str, Tensor | float]:
-        """What this step measured.
+        Args:
+            value: the same shape on every rank.
 
         Returns:
-            The metrics and `sharp_evaluations`; those of a term end in its name.
+            The sum, equal on all ranks.
         """
-        metrics: dict[str, Tensor | float] = dict(self.metrics)
-        evaluations = self.evaluations
-        for term, landscape in self._terms.items():
-            inner = landscape.measured()
-            evaluations += float(inner.pop("sharp_evaluations")) / len(self._terms)
-            metrics |= {f"{name}_{term}": value for name, value in inner.items()}
-        return {**metrics, "sharp_evaluations": evaluations}
+        return value if self.facts.ranks == 1 else self._host.mean_over_ranks([value])[0] * self.facts.ranks
 
-    @contextmanager
-    def shifted(self, epsilon: ParamVector) -> Iterator[None]:
-        """While open, the weights are shifted by epsilon; afterwards they are bitwise what they were.
+    # --- the loss and its gradient -----------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> FirstPass:
+        """How the first evaluation is made."""
+        return self._passes.plan
+
+    @plan.setter
+    def plan(self, plan: FirstPass) -> None:
+        self._passes.plan = plan
+
+    @property
+    def first(self) -> Evaluation:
+        """The step's first evaluation, to look at; the next `evaluate()` still returns it."""
+        self._collect_first()
+        if self._passes.first is None:
+            raise RuntimeError("The first evaluation was handed out already.")
+        return self._passes.first
+
+    def evaluate(
+        self,
+        fraction: float = 1.0,
+        only: Names | None = None,
+        add: Hook | None = None,
+        reduce: Hook | None = None,
+        synced: bool = True,
+    ) -> Evaluation:
+        """The loss and gradient at the present weights.
+
+        Args:
+            fraction: the share of the window to use: whole micro-batches if it has several, else rows of the batch
+                (whose dropout masks are their own). Such an evaluation never counts as the step's first one and
+                leaves the random streams alone. Its loss is normalised as if its part were the window.
+            only: names of the parameters whose gradient is needed; the weight-gradient work of the others is skipped
+                where the host allows it. None for all.
+            add: add(outputs, batch) is a term added to the loss of each micro-batch, in the units of the window's
+                loss; of the first evaluation it is asked for in `Method.plan_first_pass`.
+            reduce: reduce(outputs, batch) is summed over the window without gradients, as `Evaluation.reduced`.
+            synced: whether the gradient is reduced over ranks; of the first evaluation `plan_first_pass` says it.
+
+        Returns:
+            The evaluation; its gradient is None outside `only` and where the loss does not reach.
+
+        Raises:
+            ValueError: if `fraction` is not in (0, 1].
+        """
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction is a share of the window in (0, 1]; got {fraction}.")
+        self._collect_first()
+        asked = FirstPass(only=only, add=add, reduce=reduce, synced=synced)
+        if fraction < 1:
+            return self._passes.repeat(*self.window.part(fraction), asked)
+        if self._passes.first is not None:
+            return self._passes.give_first(asked)
+        self._mover.there = there = self._passes.repeat(self.window.whole(), 1.0, asked)
+        return there
+
+    def forward(self, reduce: Hook) -> Any:
+        """The model's outputs at the present weights, without gradients, reduced micro-batch by micro-batch.
+
+        Dropout is that of the first evaluation; random streams and state are left alone.
+
+        Args:
+            reduce: from (outputs, batch) to something that adds up, such as a tensor of sums; outputs are not kept.
+
+        Returns:
+            The sum over the window.
+        """
+        self._collect_first()
+        with torch.no_grad():
+            terms = [reduce(outputs, batch) for outputs, batch in self.window.forwards()]
+        self._passes.evaluations += FORWARD
+        return sum(terms[1:], start=terms[0])
+
+    def outputs_at(self, batch: Any, weights: ParamVector | None = None) -> Any:
+        """The model's outputs for the micro-batch being evaluated, inside `add` or `reduce`, without gradients.
+
+        The draws (dropout) are those of the evaluation; random streams, state and the weights are left alone.
+
+        Args:
+            batch: what `add` or `reduce` was given.
+            weights: at which weights, if not the present ones; None in it leaves a parameter as it is.
+
+        Returns:
+            The outputs.
+        """
+        del batch
+        weights = ParamVector([]) if weights is None else weights
+        # Sharded modules gather their own weights, whatever they are called with.
+        moved = self.at(weights) if self.facts.sharded and weights.present() else nullcontext()
+        named = {} if self.facts.sharded or not weights.present() else self.facts.named(weights)
+        with torch.no_grad(), moved:
+            outputs = self._tape.aside(lambda: self._host.recompute(named))
+        self._passes.evaluations += FORWARD / self.window.size
+        return outputs
+
+    def row_gradients(self, samples: int) -> Iterator[ParamVector]:
+        """The gradient of each of the window's first rows by itself, in evaluation mode, on this rank.
+
+        Args:
+            samples: how many rows at most.
+
+        Returns:
+            One gradient a row, loss-scaled; random streams, state and modes are left alone.
+
+        Raises:
+            ValueError: if parameters are sharded.
+        """
+        if self.facts.sharded:
+            raise ValueError("Sharded parameters (FSDP) have no gradient of single rows. Use DDP, or fisher='batch'.")
+        self._collect_first()
+        return self._passes.row_gradients(samples)
+
+    # --- other weights -----------------------------------------------------------------------------------------------
+
+    def shifted(self, shift: Shift | ParamVector) -> AbstractContextManager[None]:
+        """While open, the weights are shifted; afterwards they are bitwise what they were.
 
         Only what epsilon has tensors for is copied and moved. Epsilon is not kept: if the caller keeps none either, or
-        has given it up, its memory is free during the evaluations inside.
+        has donated it, its memory is free during the evaluations inside.
 
         Args:
-            epsilon: the perturbation.
+            shift: the perturbation; with a slope, its curvature is measured too.
 
-        Yields:
-            Nothing.
+        Returns:
+            The context.
         """
-        where = [index for index, step in enumerate(epsilon.tensors) if step is not None]
-        weights, steps = self._at(where), epsilon.present()
-        if epsilon.donated:
-            epsilon.tensors = [None] * len(epsilon.tensors)
-        del epsilon
-        grids = self._grids(weights)
-        with self._displaced(weights) as saved:
-            self._move(weights, steps, grids, [self.names[index] for index in where])
-            if self.measuring:
-                self.metrics |= realised(weights, saved, steps, grids)
-            del steps
-            self._there = None
-            self._moved()
-            yield
-            if self.measuring and self._there is not None:
-                self._measure(self._there, where, weights, saved, grids)
-        self._there = self.slope = None
-        self._shifts += 1 if self._collected else 0
+        return self._mover.shifted(shift)
 
-    @contextmanager
-    def at(self, weights: ParamVector) -> Iterator[None]:
+    def at(self, weights: ParamVector) -> AbstractContextManager[None]:
         """While open, the weights are the given ones, exactly; afterwards bitwise what they were.
 
         Args:
             weights: the values; None leaves a parameter where it is.
 
-        Yields:
-            Nothing.
+        Returns:
+            The context.
         """
-        present = self._at([index for index, value in enumerate(weights.tensors) if value is not None])
-        with self._displaced(present):
-            with torch.no_grad():
-                copy_(present, weights.present())
-            self._moved()
-            yield
+        return self._mover.at(weights)
 
-    @contextmanager
-    def _displaced(self, weights: list[nn.Parameter]) -> Iterator[list[Tensor]]:
-        try:
-            with displaced(weights, self._pool) as saved:
-                yield saved
-        finally:
-            self._moved()
-
-    def _moved(self) -> None:
-        """What forwards remember of the old weights is let go: casts of an outer autocast region, gathered shards."""
-        torch.clear_autocast_cache()
-        self.host.reshard()
-
-    @contextmanager
-    def restored(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    def restored(self, weights: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
         """While open, these may be changed in place, frozen ones too; afterwards they are bitwise what they were.
 
         Args:
             weights: parameters of the model.
 
-        Yields:
-            Nothing.
+        Returns:
+            The context.
         """
-        with self._displaced(list(weights)):
-            yield
+        return self._mover.restored(weights)
+
+    # --- for the stepper ---------------------------------------------------------------------------------------------
+
+    @property
+    def evaluations(self) -> float:
+        """How many times the window was passed through so far; with named terms, the mean over the terms."""
+        inner = [landscape.evaluations for landscape in self._terms.values()]
+        return self._passes.evaluations + (sum(inner) / len(inner) if inner else 0.0)
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What was measured of the last shift, 0-dim tensors by name; those of a term end in its name."""
+        inner = {f"{n}_{term}": v for term, scape in self._terms.items() for n, v in scape.metrics.items()}
+        return {**self._mover.metrics, **inner}
+
+    def extend(self, batches: Sequence[Any], size: int | None = None) -> None:
+        """More micro-batches for the same optimizer step.
+
+        Args:
+            batches: the micro-batches, as far as they are known.
+            size: how many there will be; None for as many as are given.
+        """
+        self.window.extend(batches, size)
+        for term, landscape in self._terms.items():
+            landscape.extend([part_of(batch, term) for batch in batches], size)
+
+    def first_pass(self, batch: Any, last: bool = False) -> Tensor:
+        """One micro-batch of the step's first evaluation, called by the integration in the host's own context.
+
+        Args:
+            batch: the next micro-batch of the window, as the host gives it.
+            last: whether it is the window's last.
+
+        Returns:
+            The loss that the host logs; with named terms, their weighted sum.
+        """
+        if self.plan.terms is None:
+            return self._passes.first_pass(batch, self._planned_shift(last))
+        losses = []
+        for term, weight in self.plan.terms.items():
+            inner = self[term]
+            loss = inner._passes.first_pass_apart(part_of(batch, term), inner._planned_shift(last))
+            self.losses[term] = self.losses[term] + loss if term in self.losses else loss
+            losses.append(weight * loss)
+        return total(losses)
+
+    def _planned_shift(self, last: bool) -> AbstractContextManager[None]:
+        shift = self.plan.shift
+        if last:
+            self.plan = self.plan._replace(shift=None)  # its memory is free while the last pass runs
+        return nullcontext() if shift is None else self.shifted(shift() if callable(shift) else shift)
+
+    def _collect_first(self) -> None:
+        if self._passes.collect_first():
+            plainly, first = self._passes.plainly, self._passes.first
+            self._mover.begin(first.loss if plainly and first is not None else None)
 
     def hand_over(self, evaluation: Evaluation) -> ParamVector:
         """Write the gradient where the host looks for it, as if one ordinary backward had left it there.
@@ -217,89 +376,16 @@ class Landscape(Passes):
         Returns:
             The gradient that was written.
         """
-        grad = evaluation.grad
-        for doubt in [s.doubt for s in (self, *self._terms.values()) if s.doubt is not None]:
-            grad = grad.map(lambda t, doubt=doubt: t + doubt.to(t.device, t.dtype))
-        for parameter, tensor in zip(self.host.parameters.values(), grad.tensors, strict=True):
-            parameter.grad = None if tensor is None else tensor.to(parameter.dtype)
-        return grad
+        gradients.put(self.facts.parameters.values(), evaluation.grad.tensors)
+        return evaluation.grad
 
-    def _opened(self) -> Any:
-        shift = self.plan.shift
-        if self._current + 1 == self.size:
-            self.plan = self.plan._replace(shift=None)  # its memory is free while the last pass runs
-        return nullcontext() if shift is None else self.shifted(shift() if callable(shift) else shift)
+    def clear(self) -> None:
+        """Drop all gradients, as after a step that failed."""
+        self._passes.clear()
 
-    def _first_pass_apart(self, batch: Any) -> Tensor:
-        """A first pass whose gradients are kept out of the way of other terms'."""
-        self._put_partial()
-        with self.host.synced() if self.host.sharded else nullcontext():  # unreduced, they would mix with other terms'
-            loss = self.first_pass(batch)
-        self._partial = [p.grad for p in self.host.parameters.values()]
-        self.clean()
-        return loss
-
-    def _put_partial(self) -> None:
-        if self._partial is not None:
-            for parameter, grad in zip(self.host.parameters.values(), self._partial, strict=True):
-                parameter.grad = grad
-            self._partial = None
-
-    def _collect_first(self) -> None:
-        self._put_partial()
-        fresh = bool(self._losses)
-        super()._collect_first()
-        if fresh and self._first is not None:
-            self._collected = True
-            self._shifts += 1
-            self._here = self._first.loss if self._first.grad.fresh else None
-
-    def _note(self, evaluation: Evaluation | None) -> None:
-        self._there = evaluation if self.measuring else None
-
-    def _grids(self, weights: list[nn.Parameter]) -> list[torch.dtype | None]:
-        """The 16-bit format in which a forward sees each weight, None where it sees all of it."""
-        cast = set() if self.autocast is None else cast_by_autocast(self.modules.values())
-        grids = []
-        for weight in weights:
-            dtype = self.host.seen_in(weight) or weight.dtype
-            narrow = dtype if dtype.itemsize == 2 else None
-            grids.append(narrow or (self.autocast if id(weight) in cast else None))
-        return grids
-
-    @torch.no_grad()
-    def _move(
-        self,
-        weights: list[nn.Parameter],
-        steps: list[Tensor],
-        grids: list[torch.dtype | None],
-        names: list[str],
-    ) -> None:
-        """Add the steps; where a forward sees 16 bits, rounded at random so that it sees them whole on average."""
-        rounded = [grid is not None and self.rounding == "stochastic" for grid in grids]
-        plain = [(w, s) for w, s, r in zip(weights, steps, rounded, strict=True) if not r]
-        move_([w for w, _ in plain], [s for _, s in plain])
-        for weight, step, grid, name in zip(weights, steps, grids, names, strict=True):
-            if grid is not None and self.rounding == "stochastic":
-                generator = self.random(f"round/{self._shifts}/{name}{shard_of(weight)}", weight.device)
-                move_rounded_(weight, step, grid, generator)
-
-    def _at(self, where: list[int]) -> list[nn.Parameter]:
-        parameters = list(self.host.parameters.values())
-        return [parameters[index] for index in where]
-
-    def _measure(
-        self,
-        there: Evaluation,
-        where: list[int],
-        weights: list[nn.Parameter],
-        saved: list[Tensor],
-        grids: list[torch.dtype | None],
-    ) -> None:
-        grads = [there.grad.tensors[index] for index in where]
-        self.metrics["sharp_cos"], along, squared = seen(weights, saved, grads, there.grad, grids)
-        if self.slope is not None:
-            bend = (along - self.slope) / squared / self.loss_scale
-            self.metrics["sharp_kappa"] = torch.where(squared == 0, torch.zeros_like(bend), bend)
-        if self._here is not None:
-            self.metrics["sharp_gap"] = there.loss - self._here
+    def close(self) -> None:
+        """Let go of the window and of what the method asked for, which refers back to this landscape."""
+        self.plan, self.window.batches = FirstPass(), []
+        for landscape in self._terms.values():
+            landscape.close()
+        self._terms = {}

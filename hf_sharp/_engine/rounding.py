@@ -8,12 +8,13 @@ random noise whose length the metric `sharp_noise` shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from hf_sharp._tensors.shards import sharded
 from hf_sharp._tensors.vector import chunks, wide
 
 CHOICES = ("stochastic", "nearest")
@@ -61,6 +62,32 @@ def cast_by_autocast(modules: Iterable[nn.Module]) -> set[int]:
     matrices = [m for m in modules if isinstance(m, nn.Linear | _ConvNd) or type(m).__name__ == "Conv1D"]
     tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
     return {id(m.weight) for m in matrices} - tables
+
+
+def grids_of(
+    parameters: Mapping[str, nn.Parameter],
+    modules: Iterable[nn.Module],
+    autocast: torch.dtype | None,
+    gathered: torch.dtype | None = None,
+) -> dict[str, torch.dtype | None]:
+    """The 16-bit format in which a forward sees each parameter.
+
+    Args:
+        parameters: by name.
+        modules: the model's.
+        autocast: the dtype of the host's autocast, if it has one; it leaves float64 alone.
+        gathered: the dtype to which FSDP casts the shards that it gathers, if it does.
+
+    Returns:
+        Formats by the same names, None where all of a parameter is seen.
+    """
+    cast = set() if autocast is None else cast_by_autocast(modules)
+    grids: dict[str, torch.dtype | None] = {}
+    for name, parameter in parameters.items():
+        dtype = (gathered if sharded(parameter) else None) or parameter.dtype
+        seen = autocast if id(parameter) in cast and dtype != torch.float64 else None
+        grids[name] = dtype if dtype.itemsize == 2 else seen
+    return grids
 
 
 def on_grid(tensor: Tensor, grid: torch.dtype | None) -> Tensor:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 SAMPLE_INDEX = "sample_index"  # the column that numbers the rows of a data set, for methods that know them again
+WAY_OUT = (
+    "Use several micro-batches (gradient_accumulation_steps), of which fraction= takes whole ones, fisher='batch', or "
+    "a method that takes no part of a batch."
+)
 
 
 def count(batch: Any) -> int:
     """The number of rows of a micro-batch: the first dimension that most of its tensors share.
+
+    Tensors inside lists of a dict count only where it holds no others: such lists often have an entry a row, and its
+    first dimension says something else (boxes of an image).
 
     Args:
         batch: tensors, in any nesting of dicts, lists and tuples.
@@ -22,7 +31,8 @@ def count(batch: Any) -> int:
     Raises:
         ValueError: if there is no tensor with a dimension to count.
     """
-    sizes = [t.shape[0] for t in _tensors(batch) if t.ndim]
+    columns = _columns(batch) if isinstance(batch, Mapping) else []
+    sizes = [t.shape[0] for t in columns if t.ndim] or [t.shape[0] for t in _tensors(batch) if t.ndim]
     if not sizes:
         raise ValueError(
             "This batch holds no tensor with rows, so no part of it can be taken; use several micro-batches."
@@ -32,16 +42,57 @@ def count(batch: Any) -> int:
     return max(set(sizes), key=lambda size: (sizes.count(size), size == named, size))
 
 
-def versions(batch: Any) -> list[int]:
+def share(batch: Any, fraction: float) -> tuple[int, int]:
+    """How many rows a share of a micro-batch is, one at least.
+
+    A batch of one row, such as one of texts laid end to end without padding, has no smaller part than itself. That is
+    said once.
+
+    Args:
+        batch: tensors, in any nesting of dicts, lists and tuples.
+        fraction: the share that was asked for, in (0, 1].
+
+    Returns:
+        The number of rows to take, and the number that there are.
+    """
+    size = count(batch)
+    taken = max(1, round(fraction * size))
+    if taken == size and fraction < 1:
+        _say_that_all_is_taken(fraction, size)
+    return taken, size
+
+
+@functools.cache
+def _say_that_all_is_taken(fraction: float, size: int) -> None:
+    warnings.warn(
+        f"fraction={fraction:g} of a micro-batch of {size} row{'s' * (size > 1)} is all of it (texts laid end to end "
+        f"without padding are one row): the ascent is a whole pass, and such a step costs 2 passes and not "
+        f"{1 + fraction:g}. Use several micro-batches (gradient_accumulation_steps), of which whole ones are taken.",
+        stacklevel=2,
+    )
+
+
+def versions(batch: Any) -> dict[str, int]:
     """How often each tensor of a micro-batch was changed in place.
 
     Args:
         batch: tensors, in any nesting of dicts, lists and tuples.
 
     Returns:
-        torch's version counters; of inference tensors, which have none, nothing.
+        torch's version counters by where the tensor stands, such as "pixel_values" or "images.0"; of inference
+        tensors, which have none, nothing.
     """
-    return [t._version for t in _tensors(batch) if not t.is_inference()]
+    found: dict[str, int] = {}
+    waiting = [("", batch)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, Tensor):
+            if not value.is_inference():
+                found[place] = value._version
+        elif isinstance(value, Mapping | list | tuple):
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [(f"{place}.{key}".lstrip("."), inner) for key, inner in pairs]
+    return found
 
 
 def part(batch: Any, rows: slice) -> Any:
@@ -49,12 +100,23 @@ def part(batch: Any, rows: slice) -> Any:
 
     Args:
         batch: tensors, in any nesting of dicts, lists and tuples.
-        rows: which rows.
+        rows: which rows; all of them give the batch back as it is.
 
     Returns:
-        The same nesting; tensors and lists as long as the batch are cut (tensors as views), everything else is kept.
+        The same nesting; tensors and lists as long as the batch are cut (tensors as views), numbers and texts, tensors
+        without dimensions and those whose first dimension is one are kept. A tensor with another number of rows, of
+        which nobody can say what goes with the part (the patches of all images, for one), is a ValueError.
     """
-    return _cut(batch, rows, count(batch))
+    size = count(batch)
+    if rows.indices(size) == (0, size, 1):
+        return batch
+    return _cut(batch, rows, size, "")
+
+
+def _columns(batch: Mapping[Any, Any]) -> list[Tensor]:
+    """The tensors of a dict and of dicts in it, without those in lists."""
+    found = [_columns(value) if isinstance(value, Mapping) else [value] for value in batch.values()]
+    return [value for values in found for value in values if isinstance(value, Tensor)]
 
 
 def _tensors(batch: Any) -> list[Tensor]:
@@ -64,16 +126,33 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def _cut(batch: Any, rows: slice, size: int) -> Any:
+def _cut(batch: Any, rows: slice, size: int, name: str) -> Any:
     if isinstance(batch, Tensor):
+        if not _fits(batch, size):
+            raise ValueError(
+                "A part of a micro-batch is asked for, and which rows go with it cannot be told: there are "
+                f"{size}, but {name or 'one tensor'} has the shape {tuple(batch.shape)}, as when the patches of all "
+                f"images lie in one tensor. {WAY_OUT}"
+            )
         return batch[rows] if batch.ndim and batch.shape[0] == size else batch
     if isinstance(batch, Mapping):
-        return {key: _cut(value, rows, size) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        if any(isinstance(value, Tensor | Mapping | list | tuple) for value in batch):
-            cut = [_cut(value, rows, size) for value in batch]
-            return (
-                type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
-            )  # a namedtuple takes them singly
-        return batch[rows] if len(batch) == size else batch
-    return batch
+        return {key: _cut(value, rows, size, f"{name}.{key}".lstrip(".")) for key, value in batch.items()}
+    if not isinstance(batch, list | tuple):
+        return batch
+    if name and len(batch) == size and _has_an_entry_a_row(batch, size):
+        return batch[rows]
+    if any(isinstance(value, Tensor | Mapping | list | tuple) for value in batch):
+        cut = [_cut(value, rows, size, f"{name}[{index}]") for index, value in enumerate(batch)]
+        return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)  # a namedtuple takes them singly
+    return batch[rows] if len(batch) == size else batch
+
+
+def _fits(tensor: Tensor, size: int) -> bool:
+    """Whether a tensor has the batch's rows, or is the same for all of them."""
+    return not tensor.ndim or tensor.shape[0] in (size, 1)
+
+
+def _has_an_entry_a_row(batch: list[Any] | tuple[Any, ...], size: int) -> bool:
+    """Whether a list in a dict, as long as the batch, belongs to its rows (the boxes of each image) or has columns."""
+    tensors = _tensors(batch)
+    return not tensors or any(isinstance(v, Mapping) for v in batch) or not all(_fits(t, size) for t in tensors)

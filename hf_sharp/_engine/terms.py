@@ -1,113 +1,48 @@
-"""One named term of a window whose batches are dicts of batches, seen by the engine as a host of its own."""
+"""A named term of the loss travels with its batch: what it is called, and the part of the batch that is its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 
-from hf_sharp._engine.host import Host
-
-
-class TermHost(Host):
-    """The host, with losses normalised over one term's batches; everything else is the host's own.
+class TermBatch(dict[str, Any]):
+    """A batch that knows which term of the loss is meant.
 
     Args:
-        host: the training loop.
-        batches: the term's part of every micro-batch of the window.
-        term: its name, which the host is told while the term's batches are passed through.
+        columns: the batch.
+        term: the term's name.
     """
 
-    def __init__(self, host: Host, batches: Sequence[Any], term: str) -> None:
-        self._host = host
-        self._batches = list(batches)
+    def __init__(self, columns: Mapping[str, Any], term: str | None = None) -> None:
+        super().__init__(columns)
         self.term = term
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._host, name)
 
-    def backward(
-        self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Callable[[Any, Any], Any] | None = None
-    ) -> Tensor:
-        """The host's, normalised over this term's window."""
-        with self._named(), self._host.window(self._batches):
-            return self._host.backward(batch, only, hook)
+def term_of(batch: Any) -> str | None:
+    """The term of the loss that a batch is for.
 
-    def forward(self, batch: Any) -> Any:
-        """The host's."""
-        with self._named():
-            return self._host.forward(batch)
+    Args:
+        batch: a micro-batch.
 
-    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
-        """The host's."""
-        with self._named():
-            return self._host.again(batch, weights)
+    Returns:
+        The term's name; None for a batch that is no part of another.
+    """
+    return batch.term if isinstance(batch, TermBatch) else None
 
-    def row_backward(self, row: Any) -> None:
-        """The host's."""
-        with self._named():
-            self._host.row_backward(row)
 
-    def part(self, batch: Any, wanted: slice) -> Any:
-        """The host's."""
-        return self._host.part(batch, wanted)
+def like(part: Any, batch: Any) -> Any:
+    """What was made of a batch, for the same term.
 
-    @contextmanager
-    def window(self, batches: Sequence[Any]) -> Iterator[None]:
-        """Another window for this term."""
-        before, self._batches = self._batches, list(batches)
-        try:
-            yield
-        finally:
-            self._batches = before
+    Args:
+        part: rows of the batch, or the batch on its device.
+        batch: the batch.
 
-    def unsynced(self) -> AbstractContextManager[Any]:
-        """The host's."""
-        return self._host.unsynced()
-
-    @property
-    def sharded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The host's."""
-        return self._host.sharded
-
-    def synced(self) -> AbstractContextManager[Any]:
-        """The host's."""
-        return self._host.synced()
-
-    def reshard(self) -> None:
-        """The host's."""
-        self._host.reshard()
-
-    def seen_in(self, parameter: nn.Parameter) -> torch.dtype | None:
-        """The host's."""
-        return self._host.seen_in(parameter)
-
-    def records_kept(self) -> AbstractContextManager[None]:
-        """The host's."""
-        return self._host.records_kept()
-
-    def refuse_subsets(self, reason: str) -> None:
-        """The host's."""
-        self._host.refuse_subsets(reason)
-
-    def momentum(self) -> dict[str, Tensor] | None:
-        """The host's."""
-        return self._host.momentum()
-
-    def mean_over_ranks(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The host's."""
-        return self._host.mean_over_ranks(tensors)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        before, self._host.term = self._host.term, self.term
-        try:
-            yield
-        finally:
-            self._host.term = before
+    Returns:
+        The part, which knows the term if the batch does.
+    """
+    term = term_of(batch)
+    return part if term is None or not isinstance(part, Mapping) else TermBatch(part, term)
 
 
 def part_of(batch: Any, term: str) -> Any:
@@ -129,4 +64,5 @@ def part_of(batch: Any, term: str) -> Any:
             f"There is no term '{term}' in this batch, which has {keys}. A loss of named terms takes batches like "
             f"{{'{term}': {{...}}, ...}}, from your data collator with remove_unused_columns=False."
         )
-    return batch[term]
+    part = batch[term]
+    return TermBatch(part, term) if isinstance(part, Mapping) else part

@@ -6,18 +6,20 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
-from hf_sharp._engine.shift import Pool, displaced
+from hf_sharp._engine.rounding import grids_of
+from hf_sharp._engine.weights import buffer_copies
 from hf_sharp._integrations.labels import shifts_labels
 from hf_sharp._integrations.momentum import momentum_of
-from hf_sharp._tensors.shards import sharded
-from hf_sharp._tensors.vector import alike, copy_
+from hf_sharp._tensors.vector import alike
 
 BUCKET = 25 * 2**20  # bytes, as in DDP
 
@@ -42,6 +44,17 @@ def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return found
 
 
+class Schedule(NamedTuple):
+    """Where a training is; see `StepFacts`."""
+
+    step: int
+    total_steps: int | None
+    warmup_steps: int | None
+    lr: float
+    lr_max: float
+    seed: int
+
+
 class AcceleratorHost(Host):
     """Parameters, learning rates, loss scale and ranks as Accelerate has them."""
 
@@ -49,6 +62,7 @@ class AcceleratorHost(Host):
         self.wrapped: Any = None  # the model as the loop calls it
         self._known: tuple[Any, dict[str, nn.Parameter]] = (None, {})
         self._no_subsets: str | None = None
+        self.added: Mapping[str, nn.Parameter] = MappingProxyType({})  # what the method has in the optimizer
         self._call: tuple[Any, dict[str, Any]] | None = None
 
     @property
@@ -67,7 +81,7 @@ class AcceleratorHost(Host):
         return self.accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def parameters(self) -> dict[str, nn.Parameter]:
         """The optimizer's trainables by the model's names; before there is an optimizer, the model's trainables."""
         groups = self.groups
         key = [(id(p), p.requires_grad) for group in groups for p in group["params"]]
@@ -85,74 +99,70 @@ class AcceleratorHost(Host):
         return getattr(self.optimizer, "param_groups", [])
 
     @property
-    def loss_scale(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The scaler's factor, read without waiting for the device."""
-        one = torch.ones((), device=self.accelerator.device)
-        scaler = self.accelerator.scaler
-        return one if scaler is None or not scaler.is_enabled() else scaler.scale(one)
+    @abstractmethod
+    def schedule(self) -> Schedule:
+        """Where the training is."""
+
+    def facts(self) -> StepFacts:
+        """As Accelerate, the optimizer and the loop have them."""
+        scaler, parameters = self.accelerator.scaler, self.parameters
+        loss_scale, scaling = torch.ones((), device=self.accelerator.device), False
+        if scaler is not None and scaler.is_enabled():
+            loss_scale, scaling = scaler.scale(loss_scale), True  # read without waiting for the device
+        return StepFacts(
+            parameters=parameters,
+            **self.schedule._asdict(),
+            loss_scale=loss_scale,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            sharded=self.sharded,
+            shifts_labels=shifts_labels(self.model),
+            autocast=self._autocast,
+            skips_overflows=scaling,
+            added=self.added,
+            find_grids=lambda: self._grids(parameters),
+        )
+
+    def _grids(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.dtype | None]:
+        """The formats that FSDP's and autocast's casts make."""
+        self.reshard()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        gathered = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
+        return grids_of(parameters, self.model.modules(), self._autocast, gathered)
 
     @property
-    def skips_overflows(self) -> bool:
-        """With a scaler."""
-        scaler = self.accelerator.scaler
-        return scaler is not None and scaler.is_enabled()
+    def _autocast(self) -> torch.dtype | None:
+        return {"no": None, "bf16": torch.bfloat16}.get(str(self.accelerator.mixed_precision), torch.float16)
 
     @property
-    def rank(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Accelerate's process index."""
-        return self.accelerator.process_index
-
-    @property
-    def ranks(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def ranks(self) -> int:
         """Accelerate's number of processes."""
         return self.accelerator.num_processes
 
     @property
-    def autocast(self) -> torch.dtype | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Accelerate's mixed precision."""
-        mixed = str(self.accelerator.mixed_precision)
-        return {"no": None, "bf16": torch.bfloat16}.get(mixed, torch.float16)
+    def keeps_gradients(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Not where DDP hands out views of its buckets."""
+        return not getattr(self.wrapped, "gradient_as_bucket_view", False)
 
     @property
-    def shifts_labels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """By the model's loss or class."""
-        return shifts_labels(self.model)
-
-    @property
-    def sharded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def sharded(self) -> bool:
         """Under FSDP2."""
         return bool(getattr(self.accelerator, "is_fsdp2", False))
 
-    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
+    def recompute(self, weights: Mapping[str, Tensor]) -> Any:
         """The model inside, called with what it was called with in this pass."""
-        del batch
         if self._call is None:
             raise ValueError(
                 "The loss does not call the model, so there are no outputs to look at. Call the model in the "
                 "loss, or use a method of gradients alone, such as SAM."
             )
         args, keywords = self._call
-        if not self.sharded:
-            return functional_call(self.model, dict(weights), args, keywords)
-        held = {name: p for name, p in self.parameters.items() if name in weights}
-        others = {name: tensor for name, tensor in weights.items() if name not in held}
-        with self._at(list(held.values()), [weights[name] for name in held]):
-            return functional_call(self.model, others, args, keywords)
-
-    @contextmanager
-    def _at(self, parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-        """While open, shards hold other values: sharded modules gather their own, whatever they are called with."""
-        try:
-            with displaced(parameters, Pool()), torch.no_grad():
-                copy_(parameters, values)
-                self.reshard()
-                yield
-        finally:
-            self.reshard()
+        buffers = buffer_copies(self.model)  # a graph may have saved the buffers themselves
+        return functional_call(self.model, {**buffers, **weights}, args, keywords)
 
     @contextmanager
     def watched(self) -> Iterator[list[Any]]:
-        """While open, the model's calls are remembered for `again`.
+        """While open, the model's calls are remembered for `recompute`.
 
         Yields:
             A list to which the outputs of each call are added.
@@ -166,12 +176,37 @@ class AcceleratorHost(Host):
             self.model.register_forward_pre_hook(before, with_kwargs=True),
             self.model.register_forward_hook(lambda module, args, output: outputs.append(output)),
         ]
-        try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code draws other dropout than `again` can
-                yield outputs
-        finally:
+
+        def remove() -> None:
             for handle in handles:
                 handle.remove()
+
+        with self.undo.region(remove), torch.compiler.set_stance("force_eager"):
+            yield outputs  # eagerly, since compiled code draws other dropout than `recompute` can
+
+    @contextmanager
+    def replaced(self, owner: Any, name: str, replacement: Any) -> Iterator[None]:
+        """While open, `owner.name` is the replacement.
+
+        Args:
+            owner: an object.
+            name: of one of its attributes.
+            replacement: what it is meanwhile.
+
+        Yields:
+            Nothing.
+        """
+        had, original = name in vars(owner), getattr(owner, name)
+
+        def put_back() -> None:
+            if had:
+                setattr(owner, name, original)
+            else:
+                vars(owner).pop(name, None)
+
+        with self.undo.region(put_back):
+            setattr(owner, name, replacement)
+            yield
 
     def unsynced(self) -> AbstractContextManager[Any]:
         """Accelerate's `no_sync`, as loops use it for all but a window's last micro-batch."""
@@ -185,11 +220,9 @@ class AcceleratorHost(Host):
     def _reducing(self, wanted: bool) -> Iterator[None]:
         """Afterwards what the loop has at this micro-batch; Accelerate's `no_sync` would switch reduction on."""
         kept = self.accelerator.sync_gradients or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
-        self.wrapped.set_requires_gradient_sync(wanted)
-        try:
+        with self.undo.region(lambda: self.wrapped.set_requires_gradient_sync(bool(kept))):
+            self.wrapped.set_requires_gradient_sync(wanted)
             yield
-        finally:
-            self.wrapped.set_requires_gradient_sync(bool(kept))
 
     def reshard(self) -> None:
         """FSDP2 keeps what it has gathered of some modules until a backward, and puts it in the parameters' place."""
@@ -197,12 +230,6 @@ class AcceleratorHost(Host):
             for module in self.model.modules():
                 if callable(getattr(module, "reshard", None)):
                     module.reshard()  # pyright: ignore[reportCallIssue]
-
-    def seen_in(self, parameter: nn.Parameter) -> torch.dtype | None:
-        """The dtype to which FSDP casts what it gathers."""
-        if not sharded(parameter):
-            return None
-        return getattr(self.accelerator.state.fsdp_plugin.mixed_precision_policy, "param_dtype", None)
 
     def momentum(self) -> dict[str, Tensor] | None:
         """That of the optimizer inside Accelerate's wrapper."""
@@ -252,26 +279,3 @@ class AcceleratorHost(Host):
             if getattr(module, "gradient_checkpointing", False) and function is not None:
                 return getattr(function, "keywords", {}).get("use_reentrant", True) is not False
         return False
-
-
-@contextmanager
-def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    """While open, `owner.name` is the replacement.
-
-    Args:
-        owner: an object.
-        name: of one of its attributes.
-        replacement: what it is meanwhile.
-
-    Yields:
-        Nothing.
-    """
-    had, original = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        if had:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hf_sharp._engine.evaluation import Hook
 from hf_sharp._engine.landscape import Landscape
-from hf_sharp._integrations.accelerate_host import AcceleratorHost
+from hf_sharp._integrations.accelerate_host import AcceleratorHost, Schedule
 from hf_sharp._integrations.attachment import Attachment
 from hf_sharp._integrations.refusals import refuse_accelerator, refuse_needs
 from hf_sharp._integrations.stepper import Stepper
@@ -35,7 +37,8 @@ class LoopHost(AcceleratorHost):
         super().__init__()
         self.wrapped, self._optimizer, self._accelerator, self._loss_fn = model, optimizer, accelerator, loss_fn
         self.step, self.seed = 0, 0
-        self.total_steps = self.warmup_steps = None
+        self.total_steps: int | None = None
+        self.warmup_steps: int | None = None
         self._largest = 0.0
 
     @property
@@ -49,32 +52,42 @@ class LoopHost(AcceleratorHost):
         return self._optimizer
 
     @property
-    def lr(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The first group's learning rate."""
-        return float(self.groups[0]["lr"])
-
-    @property
-    def lr_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The first group's `initial_lr`, which schedulers set, else the largest seen."""
-        self._largest = max(self._largest, self.lr)
-        return float(self.groups[0].get("initial_lr", self._largest))
+    def schedule(self) -> Schedule:
+        """The steps that were counted, and the first group's learning rate."""
+        first = self.groups[0]
+        lr = float(first["lr"])
+        self._largest = max(self._largest, lr)
+        largest = float(first.get("initial_lr", self._largest))  # schedulers set it
+        return Schedule(self.step, self.total_steps, self.warmup_steps, lr, largest, self.seed)
 
     @property
     def divisor(self) -> int:
         """What `accelerator.backward` divides the loss by."""
         return self.accelerator.gradient_accumulation_steps
 
+    def normaliser(self, batches: Sequence[Any] | None) -> int:
+        """The number of micro-batches."""
+        return self.divisor if batches is None else len(batches)
+
     def backward(
-        self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Callable[[Any, Any], Any] | None = None
+        self, batch: Any, normaliser: int, only: Sequence[nn.Parameter] | None, hook: Hook | None = None
     ) -> Tensor:
         """The loss function, then `accelerator.backward`."""
         loss, outputs = self._run(batch, keep=hook is not None)
         term = None if hook is None else hook(outputs, batch)
         if term is not None:
-            loss = loss + term.to(loss.device) * (self.divisor * self.ranks)
+            loss = loss + term.to(loss.device) * (normaliser * self.ranks)
         towards = {"inputs": list(only)} if only is not None and self.subset_works({}) else {}
-        self.accelerator.backward(loss, **towards)
-        return loss.detach() / self.divisor
+        with self._divided_by(normaliser):
+            self.accelerator.backward(loss, **towards)
+        return loss.detach() / normaliser
+
+    def _divided_by(self, normaliser: int) -> AbstractContextManager[None]:
+        """While open, Accelerate divides losses by another number than the loop's."""
+        state = self.accelerator.gradient_state
+        if normaliser == self.divisor:
+            return nullcontext()
+        return self.replaced(state, "plugin_kwargs", {**state.plugin_kwargs, "num_steps": normaliser})
 
     def forward(self, batch: Any) -> Any:
         """The outputs of the model inside the loss function; the last ones, if it calls the model several times."""
@@ -85,19 +98,10 @@ class LoopHost(AcceleratorHost):
         with self.unsynced():
             self.accelerator.backward(self._run(row)[0] * self.divisor)
 
-    def records_kept(self) -> AbstractContextManager[None]:
-        """What `loss_fn` writes down it writes in every pass: nobody knows where."""
-        return nullcontext()
-
-    @contextmanager
-    def window(self, batches: Sequence[Any]) -> Iterator[None]:
-        """The number of micro-batches is that of `batches`."""
-        before = self.divisor
-        self.accelerator.gradient_accumulation_steps = len(batches)
-        try:
-            yield
-        finally:
-            self.accelerator.gradient_accumulation_steps = before
+    def stateful(self) -> dict[str, object]:
+        """The model, and the loss function if it is an object with attributes; what a function writes it writes."""
+        objects = {} if isinstance(self._loss_fn, FunctionType) else {"loss_fn": self._loss_fn}
+        return {"model": self.model, **objects}
 
     def _run(self, batch: Any, keep: bool = False) -> tuple[Tensor, Any]:
         with self.watched() if keep else nullcontext([]) as kept:
@@ -184,7 +188,7 @@ class SharpStep:
         self._host.seed, self._host.total_steps, self._host.warmup_steps = seed, total_steps, warmup_steps
         self._stepper = Stepper(method, self._host, rounding)
         landscape = Landscape(self._host)
-        if not landscape.names:
+        if not landscape.facts.names:
             raise ValueError(
                 "The optimizer holds no trainable parameter of the model, so there is nothing to perturb. Make it "
                 "from this model's parameters, some of them with requires_grad."
@@ -207,13 +211,13 @@ class SharpStep:
         """
         host, stepper = self._host, self._stepper
         if not stepper.open:
-            stepper.expect([batch], size=host.divisor)
+            stepper.begin_window([batch], size=host.divisor)
         last = host.accelerator.sync_gradients
         measuring = bool(self._every) and host.step % self._every == 0
         loss = stepper.micro_batch(batch, last, measuring)
         if last:
             host.step += 1
-            self.metrics = stepper.taken() if measuring else self.metrics
+            self.metrics = stepper.pop_metrics() if measuring else self.metrics
         return loss * host.divisor
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sharp._engine.evaluation import Hook
+from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._integrations.attachment import Attachment
@@ -32,18 +34,18 @@ class ClosureHost(Host):
         model: whose names and modules the method may ask for, or None.
     """
 
-    rank, ranks, autocast, shifts_labels = 0, 1, None, False
-    total_steps = warmup_steps = None
+    accumulates = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module | None) -> None:
         self.optimizer, self.step, self.seed = optimizer, 0, 0
+        self.added: Mapping[str, nn.Parameter] = {}
         self.model = nn.Module() if model is None else model  # without one there are no buffers to look after
         self._given, self.named = model, _names(optimizer, model)
         self.loss: Any = None
         self._largest = 0.0
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def parameters(self) -> dict[str, nn.Parameter]:
         """The trainables of the base optimizer's groups."""
         own = {id(p) for p in self.added.values()}
         held = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad and id(p) not in own]
@@ -52,21 +54,24 @@ class ClosureHost(Host):
             self.named = _names(self.optimizer, self._given)
         return {self.named.get(id(p), f"parameter {index}"): p for index, p in enumerate(held)}
 
-    @property
-    def lr(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The first group's learning rate."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @property
-    def lr_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The first group's `initial_lr`, which schedulers set, else the largest seen."""
-        self._largest = max(self._largest, self.lr)
-        return float(self.optimizer.param_groups[0].get("initial_lr", self._largest))
-
-    @property
-    def sharded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """By the parameters themselves."""
-        return any(sharded(p) for p in self.parameters.values())
+    def facts(self) -> StepFacts:
+        """Those of the base optimizer; no length of training is known, and a scaler is refused."""
+        parameters, first = self.parameters, self.optimizer.param_groups[0]
+        lr = float(first["lr"])
+        self._largest = max(self._largest, lr)
+        return StepFacts(
+            parameters=parameters,
+            step=self.step,
+            total_steps=None,
+            warmup_steps=None,
+            lr=lr,
+            lr_max=float(first.get("initial_lr", self._largest)),  # schedulers set it
+            loss_scale=torch.ones((), device=next((p.device for p in parameters.values()), None)),
+            seed=self.seed,
+            sharded=any(sharded(p) for p in parameters.values()),
+            added=self.added,
+            find_grids=lambda: {n: p.dtype if p.dtype.itemsize == 2 else None for n, p in parameters.items()},
+        )
 
     def reshard(self) -> None:
         """Of the model, where it is known; a backward has done it otherwise."""
@@ -74,16 +79,14 @@ class ClosureHost(Host):
             if callable(getattr(module, "reshard", None)):
                 module.reshard()  # pyright: ignore[reportCallIssue]
 
-    @property
-    def loss_scale(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """One: a scaler is refused."""
-        return torch.ones((), device=next(iter(self.parameters.values())).device)
+    def normaliser(self, batches: Sequence[Any] | None) -> None:
+        """The closure divides its loss itself."""
 
     def backward(
-        self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Callable[[Any, Any], Any] | None = None
+        self, batch: Any, normaliser: None, only: Sequence[nn.Parameter] | None, hook: Hook | None = None
     ) -> Tensor:
         """The closure; all gradients, whatever is asked for."""
-        del only, hook
+        del normaliser, only, hook
         with torch.enable_grad():
             loss = batch()
         self.loss = loss if self.loss is None else self.loss
@@ -94,7 +97,7 @@ class ClosureHost(Host):
         """A closure has no outputs."""
         raise NotImplementedError
 
-    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
+    def recompute(self, weights: Mapping[str, Tensor]) -> Any:
         """A closure has no outputs."""
         raise NotImplementedError
 
@@ -102,16 +105,8 @@ class ClosureHost(Host):
         """A closure has no rows."""
         raise NotImplementedError
 
-    def window(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
-        """A closure is the whole window."""
-        return nullcontext()
-
     def unsynced(self) -> AbstractContextManager[Any]:
         """The closure decides."""
-        return nullcontext()
-
-    def records_kept(self) -> AbstractContextManager[None]:
-        """What a closure writes down it writes at every call, as with every optimizer that takes one."""
         return nullcontext()
 
     def refuse_subsets(self, reason: str) -> None:
@@ -191,7 +186,7 @@ class SharpOptimizer(torch.optim.Optimizer):
         self.base, self.method, self._host = optimizer, method, host
         self._stepper, self._warned = Stepper(method, host, rounding), False
         landscape = Landscape(host)
-        if not landscape.names:
+        if not landscape.facts.names:
             raise ValueError(
                 "The optimizer holds no trainable parameter, so there is nothing to perturb. Make it from the model's "
                 "parameters, some of them with requires_grad."
@@ -277,7 +272,7 @@ class SharpOptimizer(torch.optim.Optimizer):
                 "gradients thousands of times too long. Use SharpTrainer or SharpStep, or bf16."
             )
         self._host.loss = None
-        self._stepper.expect([closure])
+        self._stepper.begin_window([closure])
         self._stepper.micro_batch(closure, last=True)
         self._host.step += 1
         self.base.step()

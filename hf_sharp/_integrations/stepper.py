@@ -1,20 +1,26 @@
-"""`Stepper`: runs a method over one window after another, for every door alike."""
+"""`Stepper`: runs a method over one window after another, for every integration alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_sharp._engine.evaluation import Action
+from hf_sharp._engine import gradients
+from hf_sharp._engine.evaluation import Action, Evaluation
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.landscape import Landscape
-from hf_sharp._engine.rounding import CHOICES
-from hf_sharp._engine.shift import Pool
+from hf_sharp._engine.resources import Resources
 from hf_sharp._methods.base import Method
 from hf_sharp._perturbation.part import State
 from hf_sharp._tensors.vector import ParamVector
+
+TWICE = (
+    "training_step was called {given} times for a window of {announced} micro-batches: a class above hf_sharp's "
+    "passes a micro-batch more than once, which would be taken for micro-batches of their own. Put the method on top "
+    "of your class: make_sharp(YourTrainer)(..., method=...)."
+)
 
 
 class Stepper:
@@ -32,32 +38,37 @@ class Stepper:
     """
 
     def __init__(self, method: Method, host: Host, rounding: str = "stochastic") -> None:
-        if rounding not in CHOICES:
-            raise ValueError(f"rounding is one of {', '.join(CHOICES)}; got {rounding!r}.")
-        self.rounding = rounding
         self.method = method
         self.host = host
         self.metrics: dict[str, Tensor | float] = {}
         self.losses: dict[str, Tensor] = {}
+        self._resources = Resources(host, rounding)
         self._measured = 0
-        self._pool = Pool()
         self._batches: list[Any] = []
-        self._next = 0
         self._size: int | None = None
+        self._given = 0  # how many of the announced micro-batches
+        self._finished = False  # whether the announced window was
         self._landscape: Landscape | None = None
         self._before: dict[str, State] = {}
+        self._left: gradients.Mark = []  # what the last micro-batch left in p.grad
+        self._earlier: ParamVector | None = None  # what was in p.grad before the window
         self._actions: tuple[Action | None, Action | None] = (None, None)
 
-    def expect(self, batches: Sequence[Any], size: int | None = None) -> None:
-        """Say which micro-batches the next step's window has; a step that was not finished is forgotten.
+    # --- the window --------------------------------------------------------------------------------------------------
+
+    def begin_window(self, batches: Sequence[Any], size: int | None = None) -> None:
+        """Say which micro-batches come next.
+
+        They make a window of their own, unless the host has not made its optimizer step on those before: then they
+        belong to the same step, as the host's gradients do (a data stream's end leaves such a rest).
 
         Args:
             batches: the micro-batches, which `micro_batch` will be given one by one, or the first of them.
             size: how many there will be; None for as many as are given.
         """
         if self._landscape is not None:
-            self.method.rollback(self._before)
-        self._batches, self._next, self._landscape, self._size = list(batches), 0, None, size
+            self._landscape.extend(batches, size)
+        self._batches, self._size, self._given, self._finished = list(batches), size, 0, False
 
     @property
     def open(self) -> bool:
@@ -67,12 +78,12 @@ class Stepper:
     @property
     def expects_more(self) -> bool:
         """Whether the announced window has micro-batches that were not given yet."""
-        return self._next < len(self._batches)
+        return self._given < len(self._batches)
 
     def micro_batch(self, batch: Any, last: bool, measuring: bool = False) -> Tensor:
         """One micro-batch of the window; at the last one the method runs and its gradient is handed over.
 
-        After an exception weights, buffers and the method's state are what they were, and no gradients are left.
+        After an exception weights, state and the method's memory are what they were, and no gradients are left.
 
         Args:
             batch: the next micro-batch, the announced object or what the host made of it.
@@ -83,46 +94,125 @@ class Stepper:
             The loss that the host logs.
         """
         try:
-            landscape = self._landscape or self._open(measuring)
-            loss = landscape.first_pass(batch)
-            self._next += 1
+            landscape = self._continue() or self._open(measuring)
+            loss = landscape.first_pass(batch, last)
+            self._given += 1
             if last:
                 self._finish(landscape)
+            else:
+                self._left = gradients.mark(landscape.facts.parameters.values())
         except BaseException:
             self._abandon()
             raise
         return loss
 
+    def single_micro_batch(self, batch: Any, measuring: bool = False) -> Tensor:
+        """A micro-batch that no window announced: a step of its own, whose gradient adds to what is there already.
+
+        Args:
+            batch: the micro-batch.
+            measuring: whether this step's metrics are wanted.
+
+        Returns:
+            The loss that the host logs.
+
+        Raises:
+            RuntimeError: if a window was announced, and has had all its micro-batches.
+        """
+        if self._landscape is not None or self._finished:
+            raise RuntimeError(TWICE.format(given=self._given + 1, announced=len(self._batches)))
+        outside = self._outside()
+        earlier = [p.grad for p in outside]
+        gradients.clear(outside)
+        self.begin_window([batch])
+        loss = self.micro_batch(batch, last=True, measuring=measuring)
+        for parameter, grad in zip(outside, earlier, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+        self._finished = False
+        return loss
+
+    def _outside(self) -> list[nn.Parameter]:
+        """Parameters whose gradients no landscape takes away: the model's that the optimizer lacks."""
+        facts = self.host.facts()
+        inside = {id(p) for p in facts.parameters.values()}
+        return [p for p in (*self.host.model.parameters(), *facts.added.values()) if id(p) not in inside]
+
+    def _continue(self) -> Landscape | None:
+        """The open window's landscape, if the gradients are still what the last micro-batch left."""
+        landscape = self._landscape
+        if landscape is None:
+            return None
+        parameters = landscape.facts.parameters.values()
+        now = gradients.mark(parameters)
+        if now == self._left:
+            return landscape
+        if all(p.grad is None for p in parameters):  # the host has dropped them, and so begins anew
+            self._forget_window()
+            return None
+        raise RuntimeError(
+            "Gradients were changed between two micro-batches of a window (by a callback, for one), which further "
+            "passes cannot repeat. Change the loss instead, or the gradient in on_pre_optimizer_step."
+        )
+
     def _open(self, measuring: bool) -> Landscape:
         self._before, self._actions = self.method.snapshot(), (None, None)
-        for parameter in self.host.added.values():
-            parameter.grad = None  # no loop clears these, and at some steps a combinator leaves them out
-        self._landscape = Landscape(self.host, self._batches, measuring, self._pool, self._size)
-        self._landscape.rounding = self.rounding
+        landscape = Landscape(self.host, self._batches, measuring, self._resources, self._size)
+        self._landscape = landscape
+        gradients.clear(landscape.facts.added.values())  # no loop clears these, and at some steps they get none
+        self._take_earlier(landscape)
         for _, part in self.method.named_parts():
-            part.begin(self._landscape)
-        self._landscape.plan = self.method.plan_first_pass(self._landscape)
-        return self._landscape
+            part.begin(landscape)
+        landscape.plan = self.method.plan_first_pass(landscape)
+        return landscape
+
+    def _take_earlier(self, landscape: Landscape) -> None:
+        """What somebody has put into p.grad before the window is added once to what is handed over."""
+        self._earlier = None
+        if self.host.accumulates and any(p.grad is not None for p in landscape.facts.parameters.values()):
+            earlier = gradients.collect(landscape.facts, None, copied=not self.host.keeps_gradients)
+            self._earlier = earlier if landscape.facts.sharded else landscape.mean_over_ranks(earlier)
 
     def _finish(self, landscape: Landscape) -> None:
-        evaluation = self.method.gradient(landscape)
+        evaluation = checked(self.method.gradient(landscape), self.method)
+        if self._earlier is not None:
+            evaluation = evaluation.with_grad(evaluation.grad.add(self._earlier))
         grad = landscape.hand_over(evaluation)
         self._actions = (evaluation.before_update, evaluation.after_update)
         if self.method.changed_since(self._before) and self._overflowed(grad):
             self.method.rollback(self._before)  # the host will skip this step
-        self._before = {}
         if landscape.measuring:
-            self._measure(landscape.measured())
+            self._measure({**landscape.metrics, **evaluation.metrics, "sharp_evaluations": landscape.evaluations})
         self.losses = landscape.losses
-        landscape.close()
-        self._batches, self._next, self._landscape = [], 0, None
+        self._forget_window()
+        self._batches, self._finished = [], True
+
+    def _forget_window(self) -> None:
+        if self._landscape is not None:
+            self._landscape.close()
+        self._landscape, self._before, self._left, self._earlier = None, {}, [], None
+
+    def _abandon(self) -> None:
+        self._resources.undo.everything()
+        if self._landscape is not None:
+            self.method.rollback(self._before)
+            self._landscape.clear()
+        self._forget_window()
+        self._batches, self._given, self._finished = [], 0, False
+
+    def _overflowed(self, grad: ParamVector) -> bool:
+        """Whether the host will skip the step. Without a scaler none does, and asking a device would wait for it."""
+        norm = grad.norm()
+        return (self.host.facts().skips_overflows or norm.device.type == "cpu") and not bool(norm.isfinite())
+
+    # --- metrics -----------------------------------------------------------------------------------------------------
 
     def _measure(self, measured: dict[str, Tensor | float]) -> None:
         total = measured["sharp_evaluations"] + self.metrics.get("sharp_evaluations", 0.0) * self._measured
         self._measured += 1
         self.metrics = {**self.metrics, **measured, "sharp_evaluations": total / self._measured}
 
-    def taken(self) -> dict[str, Tensor | float]:
+    def pop_metrics(self) -> dict[str, Tensor | float]:
         """The metrics, which begin anew.
 
         Returns:
@@ -131,13 +221,22 @@ class Stepper:
         metrics, self.metrics, self._measured = self.metrics, {}, 0
         return metrics
 
-    def _overflowed(self, grad: ParamVector) -> bool:
-        """Whether the host will skip the step. Without a scaler none does, and asking a device would wait for it."""
-        norm = grad.norm()
-        return (self.host.skips_overflows or norm.device.type == "cpu") and not bool(norm.isfinite())
+    # --- around the optimizer's update -------------------------------------------------------------------------------
 
     def before_update(self) -> None:
-        """What the last gradient's method wants done right before the optimizer's update; at most once a gradient."""
+        """What the last gradient's method wants done right before the optimizer's update; at most once a gradient.
+
+        Raises:
+            RuntimeError: if the optimizer steps in the middle of a window.
+        """
+        if self._landscape is not None:
+            given, size = self._landscape.window.passed, self._landscape.window.size
+            self._abandon()
+            raise RuntimeError(
+                f"The optimizer steps after {given} of {size} micro-batches of a window, before the method has run: "
+                "the gradient would be the plain one. Give every micro-batch to the method, also the last one, or "
+                "drop the window's gradients with zero_grad() and begin a new one."
+            )
         (before, after) = self._actions
         self._actions = (None, after)
         if before is not None:
@@ -149,29 +248,27 @@ class Stepper:
         if after is not None:
             after()
 
-    def alone(self, batch: Any, measuring: bool = False) -> Tensor:
-        """A micro-batch that no window announced: a step of its own, whose gradient adds to what is there already.
+    def end(self) -> None:
+        """Training has ended: nothing is announced any more, and what was not finished is forgotten."""
+        self._abandon()
 
-        Args:
-            batch: the micro-batch.
-            measuring: whether this step's metrics are wanted.
 
-        Returns:
-            The loss that the host logs.
-        """
-        parameters = [*self.host.model.parameters(), *self.host.added.values()]
-        earlier = [p.grad for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        self.expect([batch])
-        loss = self.micro_batch(batch, last=True, measuring=measuring)
-        for parameter, grad in zip(parameters, earlier, strict=True):
-            if grad is not None:
-                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
-        return loss
+def checked(evaluation: Any, method: Method) -> Evaluation:
+    """What a method's `gradient` returned.
 
-    def _abandon(self) -> None:
-        if self._landscape is not None:
-            self._landscape.clean()
-            self._landscape.close()
-        self.expect([])
+    Args:
+        evaluation: that.
+        method: the method.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        TypeError: if it is none, saying what to write.
+    """
+    if isinstance(evaluation, Evaluation):
+        return evaluation
+    raise TypeError(
+        f"{type(method).__name__}.gradient returned {type(evaluation).__name__}, and must return an Evaluation: what "
+        "landscape.evaluate() gave, or here.with_grad(vector) for another gradient with the loss of here."
+    )

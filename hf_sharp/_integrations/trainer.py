@@ -20,6 +20,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.rows import SAMPLE_INDEX
+from hf_sharp._engine.terms import like, term_of
 from hf_sharp._integrations.attachment import Attachment
 from hf_sharp._integrations.refusals import refuse
 from hf_sharp._integrations.search import searched, settings_apart
@@ -68,7 +69,7 @@ class SharpMixin:
         self._undescribe_arguments()
         batches, items = super().get_batch_samples(*args, **kwargs)  # pyright: ignore
         if self._sharp_stepper is not None:
-            self._sharp_stepper.expect(batches)
+            self._sharp_stepper.begin_window(batches)
         return batches, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -88,14 +89,17 @@ class SharpMixin:
         self._sharp_host.wrapped, self._sharp_host.items = model, num_items_in_batch
         measuring = self._measures_next_step()
         if not stepper.expects_more:
-            return stepper.alone(inputs, measuring)
+            return stepper.single_micro_batch(inputs, measuring)
         return stepper.micro_batch(inputs, self.accelerator.sync_gradients, measuring)  # pyright: ignore
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The Trainer's, without the rows' numbers, which are for the method and not for the model."""
+        given = inputs
         if self._knows_samples() and isinstance(inputs, Mapping) and SAMPLE_INDEX in inputs:
             inputs = {key: value for key, value in inputs.items() if key != SAMPLE_INDEX}
-        return super()._prepare_inputs(inputs)  # pyright: ignore
+        if term_of(given) is not None:
+            inputs = dict(inputs)  # the Trainer rebuilds mappings by their class
+        return like(super()._prepare_inputs(inputs), given)  # pyright: ignore
 
     def _set_signature_columns_if_needed(self) -> None:
         """The Trainer's, keeping the column with the rows' numbers."""
@@ -161,6 +165,7 @@ class SharpMixin:
         finally:
             self._undescribe_arguments()
             self._sharp_attachment.detach()
+            self._sharp_stepper.end()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, joined to the method."""
@@ -175,7 +180,7 @@ class SharpMixin:
     def _check_method(self) -> None:
         assert self.method is not None
         landscape = Landscape(self._sharp_host)
-        if not landscape.names:
+        if not landscape.facts.names:
             raise ValueError(
                 "The model has no trainable parameter, so there is nothing to perturb: unfreeze some with "
                 "requires_grad_(True), or add adapters."
@@ -195,7 +200,7 @@ class SharpMixin:
         told = [text for _, part in self.method.named_parts() if (text := part.start_note(landscape)) is not None]
         if told:
             return f"hf_sharp: {self.method!r} {told[0]}, at {self.method.cost:g} passes a step."
-        sizes = {name: p.numel() for name, p in self._sharp_host.parameters.items()}
+        sizes = {name: p.numel() for name, p in landscape.facts.parameters.items()}
         moved = self.method.perturbed(landscape)
         entries, everything = round(sum(sizes[name] * share for name, share in moved.items())), sum(sizes.values())
         return (
@@ -221,7 +226,7 @@ class SharpMixin:
         """The Trainer's, with the metrics of the step beside its loss."""
         stepper = self._sharp_stepper
         if stepper is not None and stepper.metrics and "loss" in logs:
-            logs.update(self._read_metrics(stepper.taken()))
+            logs.update(self._read_metrics(stepper.pop_metrics()))
         super().log(logs, *args, **kwargs)  # pyright: ignore
 
     def _read_metrics(self, metrics: dict[str, Any]) -> dict[str, float]:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import FunctionType
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_sharp._integrations.accelerate_host import AcceleratorHost, replaced
+from hf_sharp._engine.evaluation import Hook
+from hf_sharp._integrations.accelerate_host import AcceleratorHost, Schedule
 from hf_sharp._integrations.momentum import refuse_name
-from hf_sharp._integrations.records import Records
 from hf_sharp._integrations.refusals import refuse_part
 
-DATA = ("train_dataset", "eval_dataset")  # of the Trainer's attributes, those that may be long lists
 Step = Callable[[nn.Module, Any, Any], Tensor]
+
+
+class Normaliser(NamedTuple):
+    """What the Trainer divides a window's loss by.
+
+    Attributes:
+        items: the window's number of items, if the Trainer counts them.
+        micro_batches: the number of micro-batches.
+    """
+
+    items: Any
+    micro_batches: int
 
 
 class TrainerHost(AcceleratorHost):
@@ -34,7 +46,6 @@ class TrainerHost(AcceleratorHost):
         self._step = step
         self.wrapped: Any = trainer.model  # with `items`, what the Trainer gave with the micro-batch
         self.items: Any = None
-        self._records = Records(trainer, without=DATA)
         self.flops = 0.0  # of the passes made since the Trainer last asked
 
     @property
@@ -53,52 +64,43 @@ class TrainerHost(AcceleratorHost):
         return self.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
 
     @property
-    def step(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The Trainer's global step."""
-        return self.trainer.state.global_step
+    def schedule(self) -> Schedule:
+        """The Trainer's state; its last step is known once it trains."""
+        args, total = self.trainer.args, self.trainer.state.max_steps or None
+        warmup = None if total is None else args.get_warmup_steps(total)
+        first = self.groups[0] if self.groups else {}
+        lr = float(first.get("lr", args.learning_rate))
+        lr_max = float(first.get("initial_lr", max(args.learning_rate, lr)))  # schedulers set it
+        return Schedule(self.trainer.state.global_step, total, warmup, lr, lr_max, args.seed)
 
-    @property
-    def total_steps(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The Trainer's last step, known once it trains."""
-        return self.trainer.state.max_steps or None
-
-    @property
-    def warmup_steps(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The warm-up of the arguments."""
-        steps = self.total_steps
-        return None if steps is None else self.trainer.args.get_warmup_steps(steps)
-
-    @property
-    def lr(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The first group's learning rate."""
-        return float(self.groups[0]["lr"]) if self.groups else self.trainer.args.learning_rate
-
-    @property
-    def lr_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The first group's `initial_lr`, which schedulers set, else that of the arguments."""
-        groups, largest = self.groups, max(self.trainer.args.learning_rate, self.lr)
-        return float(groups[0].get("initial_lr", largest)) if groups else largest
-
-    @property
-    def seed(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The arguments' seed."""
-        return self.trainer.args.seed
+    def normaliser(self, batches: Sequence[Any] | None) -> Normaliser:
+        """The Trainer's item count and number of micro-batches."""
+        trainer = self.trainer
+        if batches is None:
+            return Normaliser(self.items, getattr(trainer, "current_gradient_accumulation_steps", 1))
+        items = trainer._get_num_items_in_batch(list(batches), trainer.args.device)
+        return Normaliser(items, len(batches))
 
     def backward(
-        self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Callable[[Any, Any], Any] | None = None
+        self, batch: Any, normaliser: Normaliser, only: Sequence[nn.Parameter] | None, hook: Hook | None = None
     ) -> Tensor:
         """The Trainer's `training_step`; `inputs=only` for its backward, a hook in its `compute_loss`."""
         self._count(batch)
+        trainer = self.trainer
         with ExitStack() as patches:
+            if normaliser.micro_batches != getattr(trainer, "current_gradient_accumulation_steps", 1):
+                changed = self.replaced(trainer, "current_gradient_accumulation_steps", normaliser.micro_batches)
+                patches.enter_context(changed)
             replicated = {"the model is replicated by DataParallel": self.trainer.args.n_gpu > 1}
             if only is not None and self.subset_works(replicated):
                 backward = functools.partial(self.accelerator.backward, inputs=list(only))
-                patches.enter_context(replaced(self.accelerator, "backward", backward))
+                patches.enter_context(self.replaced(self.accelerator, "backward", backward))
             if hook is not None:
-                patches.enter_context(replaced(self.trainer, "compute_loss", self._watched(hook)))
-            return self._step(self.wrapped, batch, self.items)
+                watched = self._watched(hook, normaliser.items)
+                patches.enter_context(self.replaced(trainer, "compute_loss", watched))
+            return self._step(self.wrapped, batch, normaliser.items)
 
-    def _watched(self, hook: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    def _watched(self, hook: Hook, items: Any) -> Callable[..., Any]:
         """The Trainer's `compute_loss` with a term more; it cancels what the Trainer divides the loss by later."""
         original = self.trainer.compute_loss
         takes = inspect.signature(original).parameters
@@ -120,18 +122,24 @@ class TrainerHost(AcceleratorHost):
                         "a term on them would change nothing (TRL's trainers compute them apart from the loss). Use "
                         "a method that adds no term, such as SAM."
                     )
-                loss = loss + term.to(loss.device) * (self.divisor * self.ranks)
+                loss = loss + term.to(loss.device) * (self.divisor_for(items) * self.ranks)
             return (loss, outputs) if return_outputs else loss
 
         return compute_loss
 
-    @property
-    def divisor(self) -> int:
-        """What `training_step` divides the loss by: the number of micro-batches, unless the loss allows for it."""
+    def divisor_for(self, items: Any) -> int:
+        """What `training_step` divides the loss by: the number of micro-batches, unless the loss allows for it.
+
+        Args:
+            items: the window's number of items as the Trainer gives it to the loss, or None.
+
+        Returns:
+            The divisor.
+        """
         trainer = self.trainer
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         if scaled is None:
-            counted = trainer.model_accepts_loss_kwargs and self.items is not None
+            counted = trainer.model_accepts_loss_kwargs and items is not None
             scaled = counted or trainer.compute_loss_func is not None
         return 1 if scaled else trainer.current_gradient_accumulation_steps
 
@@ -142,14 +150,17 @@ class TrainerHost(AcceleratorHost):
         with self.trainer.compute_loss_context_manager():
             return self.wrapped(**self.trainer._prepare_inputs(batch))
 
-    def again(self, batch: Any, weights: Mapping[str, Tensor]) -> Any:
+    def recompute(self, weights: Mapping[str, Tensor]) -> Any:
         """The model inside, called with what it was called with in this pass."""
-        self._count(batch, share=1 / 3)
-        return super().again(batch, weights)
+        if self._call is not None:
+            self._count(self._call[1], share=1 / 3)
+        return super().recompute(weights)
 
-    def records_kept(self) -> AbstractContextManager[None]:
-        """The Trainer's attributes, in which `compute_loss` of TRL's trainers and of users' own writes."""
-        return self._records.kept()
+    def stateful(self) -> dict[str, object]:
+        """The model, the Trainer's attributes, in which `compute_loss` of TRL's trainers writes, and its loss."""
+        loss = self.trainer.compute_loss_func
+        objects = {} if loss is None or isinstance(loss, FunctionType) else {"compute_loss_func": loss}
+        return {"model": self.model, type(self.trainer).__name__: self.trainer, **objects}
 
     def momentum(self) -> dict[str, Tensor] | None:
         """The optimizer's; before there is one, its name is looked at."""
@@ -170,18 +181,6 @@ class TrainerHost(AcceleratorHost):
         """Rows of a micro-batch, unless the Trainer stacks pairs in it."""
         refuse_part(self.trainer)
         return super().part(batch, wanted)
-
-    @contextmanager
-    def window(self, batches: Sequence[Any]) -> Iterator[None]:
-        """The Trainer's item count and number of micro-batches are those of `batches`."""
-        trainer, items = self.trainer, self.items
-        count = getattr(trainer, "current_gradient_accumulation_steps", 1)  # set once the Trainer trains
-        try:
-            trainer.current_gradient_accumulation_steps = len(batches)
-            self.items = trainer._get_num_items_in_batch(list(batches), trainer.args.device)
-            yield
-        finally:
-            self.items, trainer.current_gradient_accumulation_steps = items, count
 
     def _count(self, batch: Any, share: float = 1.0) -> None:
         if isinstance(batch, Mapping):

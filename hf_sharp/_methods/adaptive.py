@@ -83,17 +83,17 @@ class Adaptive(Method):
         Raises:
             ValueError: if the length of training is not known.
         """
-        if landscape.total_steps is None:
+        if landscape.facts.total_steps is None:
             raise ValueError(
                 "Adaptive needs the number of training steps, which is not known here: set max_steps, or "
                 "total_steps= of SharpStep."
             )
-        squared = float((landscape.first.grad.norm() / landscape.loss_scale).square())
+        squared = float((landscape.first.grad.norm() / landscape.facts.loss_scale).square())
         mu, var = squared, 0.0
         if self._state:
             mu = self.decay * self._state["mu"] + (1 - self.decay) * squared
             var = self.decay * self._state["var"] + (1 - self.decay) * (squared - mu) * (squared - mu)
         self._state.update(mu=mu, var=var)
-        done = landscape.step / landscape.total_steps
+        done = landscape.facts.step / landscape.facts.total_steps
         threshold = mu + (self.lam1 * done + self.lam2 * (1 - done)) * math.sqrt(var)
         return self.method.gradient(landscape) if squared >= threshold else landscape.evaluate()

@@ -50,9 +50,9 @@ class After(Sometimes):
         Raises:
             ValueError: if the length of training is not known.
         """
-        if landscape.total_steps is None:
+        if landscape.facts.total_steps is None:
             raise ValueError(
                 "A late start needs the number of training steps, unknown here: set max_steps, or total_steps= of "
                 "SharpStep."
             )
-        return landscape.step >= self.ratio * landscape.total_steps
+        return landscape.facts.step >= self.ratio * landscape.facts.total_steps

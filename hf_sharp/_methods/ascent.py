@@ -48,7 +48,7 @@ class Ascent(Method):
         Raises:
             ValueError: if parameters are sharded.
         """
-        if self.per_rank and landscape.sharded:
+        if self.per_rank and landscape.facts.sharded:
             raise ValueError(
                 "per_rank=True ascends by each rank's own gradient, and gradients of sharded parameters (FSDP) exist "
                 "only where they have been reduced over ranks. Use DDP, or per_rank=False."
@@ -92,7 +92,7 @@ class Ascent(Method):
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The gradient at w + e; the ascent gradient becomes e in place and is gone before the second evaluation."""
         if self.fraction < 1:
-            return landscape.evaluate()  # the first one, which `start` has shifted
+            return landscape.evaluate()  # the first one, which `plan_first_pass` has shifted
         here = landscape.evaluate(only=landscape.plan.only)
         with landscape.shifted(self.perturbation(self.direction(here.donate(), landscape), landscape)):
             return landscape.evaluate()

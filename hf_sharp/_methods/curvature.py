@@ -52,9 +52,9 @@ class CurvatureRegularization(Method):
         Raises:
             ValueError: naming what computes in 16 bits.
         """
-        narrow = [name for name, p in landscape.host.parameters.items() if p.dtype.itemsize < 4]
-        if narrow or landscape.autocast is not None:
-            what = f"the weights ({narrow[0]}, for one)" if narrow else f"autocast to {landscape.autocast}"
+        narrow = [name for name, p in landscape.facts.parameters.items() if p.dtype.itemsize < 4]
+        if narrow or landscape.facts.autocast is not None:
+            what = f"the weights ({narrow[0]}, for one)" if narrow else f"autocast to {landscape.facts.autocast}"
             raise ValueError(
                 f"CurvatureRegularization takes differences of differences of gradients, which {what} in 16 bits turn "
                 "into noise. Use float32 without bf16=True and fp16=True, or GradientPenalty."
@@ -62,15 +62,15 @@ class CurvatureRegularization(Method):
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
         """Everything moves, by mu and r."""
-        return dict.fromkeys(landscape.names, 1.0)
+        return dict.fromkeys(landscape.facts.names, 1.0)
 
     def gradient(self, landscape: Landscape) -> Evaluation:
         """G + (lam/r) [(grad L(w + mu v + r n) - grad L(w + mu v)) - (grad L(w + r n) - g)]."""
         here = landscape.evaluate()
-        step = Perturbation(self.mu)(here.grad, landscape)
+        step = Perturbation(self.mu)(here.grad, landscape).epsilon
         with landscape.shifted(step):
             there = landscape.evaluate()
-        nudge = Perturbation(self.r)(there.grad.sub(here.grad), landscape)
+        nudge = Perturbation(self.r)(there.grad.sub(here.grad), landscape).epsilon
         with landscape.shifted(nudge):
             here_nudged = landscape.evaluate()
         bend = there.donate().add_(here_nudged.donate()).add_(here.grad, -1.0)

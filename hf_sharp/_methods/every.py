@@ -46,4 +46,4 @@ class Every(Sometimes):
 
     def due(self, landscape: Landscape) -> bool:
         """At steps that `interval` divides."""
-        return landscape.step % self.interval == 0
+        return landscape.facts.step % self.interval == 0

@@ -44,10 +44,10 @@ class FriendlySAM(Ascent):
 
     def direction(self, gradient: ParamVector, landscape: Landscape) -> ParamVector:
         """G - sigma m with the old mean, which is then renewed; both without the loss scale."""
-        gradient, old = gradient.scale_(1 / landscape.loss_scale), self._state.get("mean")
+        gradient, old = gradient.scale_(1 / landscape.facts.loss_scale), self._state.get("mean")
         if old is None:
-            self._state["mean"] = landscape.named(gradient.scale(1.0))
+            self._state["mean"] = landscape.facts.named(gradient.scale(1.0))
             return gradient
-        mean = landscape.vector(old)
-        self._state["mean"] = landscape.named(mean.scale(self.lam).add_(gradient, 1 - self.lam))
+        mean = landscape.facts.vector(old)
+        self._state["mean"] = landscape.facts.named(mean.scale(self.lam).add_(gradient, 1 - self.lam))
         return gradient.add_(mean, -self.sigma)

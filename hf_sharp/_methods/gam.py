@@ -53,7 +53,7 @@ class GAM(Method):
         with landscape.shifted(little(here.grad, landscape)):
             probe = landscape.evaluate()
         rho = self.perturbation.radius(landscape)
-        ascent = self.perturbation(probe.donate().add_(here.grad, -1.0), landscape)
+        ascent = self.perturbation(probe.donate().add_(here.grad, -1.0), landscape).epsilon
         with landscape.shifted(ascent):
             worst = landscape.evaluate()
         nudge = self.r / worst.grad.norm().clamp_min(TINY)

@@ -45,7 +45,7 @@ class GradientPenalty(Method):
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
         """Everything moves, by r."""
-        return dict.fromkeys(landscape.names, 1.0)
+        return dict.fromkeys(landscape.facts.names, 1.0)
 
     def gradient(self, landscape: Landscape) -> Evaluation:
         """(1 - lam/r) g + (lam/r) gs, in the memory of g."""

@@ -56,15 +56,15 @@ class LookSAM(Method):
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The SAM gradient, or the plain one with the remembered part stretched to its length."""
         here = landscape.evaluate()
-        orthogonal, last = self._state.get("orthogonal"), (landscape.step + 1) % self.every == 0
-        if orthogonal is None or landscape.step % self.every == 0:
+        orthogonal, last = self._state.get("orthogonal"), (landscape.facts.step + 1) % self.every == 0
+        if orthogonal is None or landscape.facts.step % self.every == 0:
             with landscape.shifted(self.perturbation(here.grad, landscape)):
                 there = landscape.evaluate()
             rest = here.donate().rest_of_(there.grad)
             if not last:
-                self._state["orthogonal"] = landscape.named(rest.scale_(1 / rest.norm().clamp_min(TINY)))
+                self._state["orthogonal"] = landscape.facts.named(rest.scale_(1 / rest.norm().clamp_min(TINY)))
             return here.with_grad(there.donate())
         if last:
             del self._state["orthogonal"]  # the next step draws another; until then its memory is free
         length = here.grad.norm()
-        return here.with_grad(here.donate().add_(landscape.vector(orthogonal), self.alpha * length))
+        return here.with_grad(here.donate().add_(landscape.facts.vector(orthogonal), self.alpha * length))

@@ -3,7 +3,9 @@
     L + lam T^2 KL(softmax(teacher / T) || softmax(model / T)),  teacher weights <- decay teacher + (1 - decay) w
 
 The mean is over the positions that the loss looks at; the teacher is kept in float32 or better. The logged loss holds
-the added term.
+the added term. The average is taken at every step of training, also where a combinator leaves the term out (a late
+start, an interval), as in the authors' code. Their teacher predicts in evaluation mode; here it has the model's mode
+and the same dropout, since a forward at other weights repeats the pass that is being made.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class MESA(Method):
     """The gradient of the loss plus a trajectory loss towards a running mean of the weights.
 
     Args:
-        lam: weight of the trajectory loss; 0 gives plain training. The paper starts it after some epochs: `After`.
+        lam: weight of the trajectory loss; 0 gives plain training. The paper starts it after some epochs: `After`,
+            before which only the average is taken.
         decay: how much of the old mean a step keeps.
         temperature: T.
 
@@ -58,20 +61,32 @@ class MESA(Method):
         """One evaluation and the teacher's forward, which counts as a third."""
         return 1.0 + 1 / 3
 
-    def plan_first_pass(self, landscape: Landscape) -> FirstPass:
-        """The teacher takes in the present weights; its term belongs to the first evaluation."""
+    def begin(self, landscape: Landscape) -> None:
+        """The teacher takes in the present weights, at every step of training."""
+        facts = landscape.facts
         here = landscape.weights.map(lambda w: w.to(torch.promote_types(w.dtype, torch.float32), copy=True))
-        old = landscape.named(here) | self._state.get("teacher", {})  # a weight that was frozen before joins as it is
-        new = landscape.vector(old).scale(self.decay).add_(here, 1 - self.decay) if "teacher" in self._state else here
-        self._state["teacher"] = landscape.named(new)
-        count = landscape.over_ranks(window_positions(landscape.batches, landscape.shifts_labels))
-        return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape, new, count))
+        new, old = here, self._state.get("teacher")
+        if old is not None:
+            known = facts.vector(facts.named(here) | old)  # a weight that was frozen before joins as it is
+            new = known.scale(self.decay).add_(here, 1 - self.decay)
+        self._state["teacher"] = facts.named(new)
+
+    def plan_first_pass(self, landscape: Landscape) -> FirstPass:
+        """The teacher's term belongs to the first evaluation."""
+        teacher = landscape.facts.vector(self._state["teacher"])
+        counts: dict[int, Tensor] = {}
+        return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape, teacher, counts))
 
     def gradient(self, landscape: Landscape) -> Evaluation:
-        """The first evaluation, which `start` gave the term."""
+        """The first evaluation, which `plan_first_pass` gave the term."""
         return landscape.evaluate()
 
-    def _term(self, outputs: Any, batch: Any, landscape: Landscape, teacher: ParamVector, count: Tensor) -> Tensor:
-        reference = landscape.outputs_at(batch, landscape.cast(teacher))
-        summed = kl_sum(reference, outputs, batch, landscape.shifts_labels, temperature=self.temperature)
-        return self.lam * self.temperature**2 * summed / count.to(summed.device).clamp_min(1)
+    def _term(
+        self, outputs: Any, batch: Any, landscape: Landscape, teacher: ParamVector, counts: dict[int, Tensor]
+    ) -> Tensor:
+        reference, shifted = landscape.outputs_at(batch, landscape.facts.cast(teacher)), landscape.facts.shifts_labels
+        summed = kl_sum(reference, outputs, batch, shifted, temperature=self.temperature)
+        number, batches = landscape.window.group
+        if number not in counts:  # the host normalises each announced group of micro-batches by itself
+            counts[number] = landscape.sum_over_ranks(window_positions(batches, shifted))
+        return self.lam * self.temperature**2 * summed / counts[number].to(summed.device).clamp_min(1)

@@ -53,10 +53,10 @@ class MSAM(Method):
         return FirstPass(shift=lambda: self._ahead(landscape))
 
     def gradient(self, landscape: Landscape) -> Evaluation:
-        """The first evaluation, which `start` has shifted."""
+        """The first evaluation, which `plan_first_pass` has shifted."""
         return landscape.evaluate()
 
     def _ahead(self, landscape: Landscape) -> ParamVector:
         momentum = landscape.momentum()
         assert momentum is not None
-        return self.perturbation(momentum, landscape).scale_(-1.0)
+        return self.perturbation(momentum, landscape).epsilon.scale_(-1.0)

@@ -45,10 +45,10 @@ class PreviousGradientSAM(Method):
         previous = self._state.get("previous")
         if previous is None or self.perturbation.radius(landscape) == 0:
             return FirstPass()
-        return FirstPass(shift=lambda: self.perturbation(landscape.vector(previous), landscape))
+        return FirstPass(shift=lambda: self.perturbation(landscape.facts.vector(previous), landscape))
 
     def gradient(self, landscape: Landscape) -> Evaluation:
-        """The first evaluation, which `start` has shifted, remembered without the loss scale."""
+        """The first evaluation, which `plan_first_pass` has shifted, remembered without the loss scale."""
         there = landscape.evaluate()
-        self._state["previous"] = landscape.named(there.grad.scale(1 / landscape.loss_scale))
+        self._state["previous"] = landscape.facts.named(there.grad.scale(1 / landscape.facts.loss_scale))
         return there

@@ -67,20 +67,19 @@ class SAF(Method):
         Raises:
             ValueError: if there are several.
         """
-        if landscape.host.ranks > 1:
+        if landscape.facts.ranks > 1:
             raise ValueError("SAF keeps outputs in one process, and rows change ranks from epoch to epoch. Use MESA.")
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
         """The term belongs to the first evaluation."""
-        count = window_positions(landscape.batches, shifted=False)
-        return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape, count))
+        return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape))
 
     def gradient(self, landscape: Landscape) -> Evaluation:
-        """The first evaluation, which `start` gave the term."""
+        """The first evaluation, which `plan_first_pass` gave the term."""
         return landscape.evaluate()
 
-    def _term(self, outputs: Any, batch: Any, landscape: Landscape, count: Tensor) -> Tensor:
-        logits, numbers = logits_of(outputs), landscape.sample_index()
+    def _term(self, outputs: Any, batch: Any, landscape: Landscape) -> Tensor:
+        logits, numbers = logits_of(outputs), landscape.window.sample_index()
         if logits.ndim != 2 or logits.shape[1] > MOST:
             raise ValueError(
                 f"SAF keeps the logits of every row, and these have shape {tuple(logits.shape)}: too much for outputs "
@@ -90,6 +89,7 @@ class SAF(Method):
         then, known = then.to(logits.device), known.to(logits.device)
         rows = {key: value for key, value in batch.items() if key != "labels"}
         summed = kl_sum({"logits": then[known]}, {"logits": logits[known]}, rows, False, temperature=self.temperature)
+        count = window_positions(landscape.window.group[1], shifted=False)
         return self.lam * self.temperature**2 * summed / count.to(summed.device).clamp_min(1)
 
     def _exchange(self, numbers: list[int], logits: Tensor) -> tuple[Tensor, Tensor]:

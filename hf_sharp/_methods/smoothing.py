@@ -46,7 +46,7 @@ class RandomizedSmoothing(Method):
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
         """Everything moves."""
-        return dict.fromkeys(landscape.names, 1.0) if self.sigma else {}
+        return dict.fromkeys(landscape.facts.names, 1.0) if self.sigma else {}
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
         """The first draw is known before the data; it is made anew for each micro-batch."""

@@ -67,7 +67,7 @@ class TRAM(Method):
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
         """Everything moves."""
-        return dict.fromkeys(landscape.names, 1.0) if self.scale else {}
+        return dict.fromkeys(landscape.facts.names, 1.0) if self.scale else {}
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
         """The first evaluation's outputs serve for the divergence too, micro-batch by micro-batch."""
@@ -76,15 +76,14 @@ class TRAM(Method):
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The gradient at w + e."""
         here = landscape.evaluate()
-        divergence, count = landscape.over_ranks(here.reduced)
+        divergence, count = landscape.sum_over_ranks(here.reduced)
         radius = (self.scale * divergence / count.clamp_min(1)).clamp(0, self.max_radius)
-        landscape.metrics["sharp_radius"] = radius
         with landscape.shifted(Perturbation(1.0, self.ball)(here.donate(), landscape, radius)):
             there = landscape.evaluate()
         self.reference.remember(landscape)
-        return there
+        return there.with_metrics(sharp_radius=radius)
 
     def _divergence(self, outputs: Any, batch: Any, landscape: Landscape) -> Tensor:
-        other, shifted = self.reference.outputs(batch, landscape), landscape.shifts_labels
+        other, shifted = self.reference.outputs(batch, landscape), landscape.facts.shifts_labels
         summed = kl_sum(other, outputs, batch, shifted, self.kl)
         return stack([summed, positions(batch, shifted).to(summed.device, summed.dtype)])

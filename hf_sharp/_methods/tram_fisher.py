@@ -18,7 +18,7 @@ from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
 from hf_sharp._perturbation.noise import input_embeddings, noisy_inputs
 from hf_sharp._perturbation.schedules import Schedule
-from hf_sharp._tensors.vector import TINY, ParamVector
+from hf_sharp._tensors.vector import TINY, ParamVector, nan_unless_finite
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,26 @@ class TRAMFisher(Method):
 
     def check(self, landscape: Landscape) -> None:
         """Refuse a model whose input embedding cannot be found."""
-        input_embeddings(landscape.host.model)
+        input_embeddings(landscape.model)
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
         """Everything moves."""
-        return dict.fromkeys(landscape.names, 1.0) if callable(self.rho) or self.rho else {}
+        return dict.fromkeys(landscape.facts.names, 1.0) if callable(self.rho) or self.rho else {}
 
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The gradient at w + e."""
         here = landscape.evaluate()
         with noisy_inputs(landscape, self.sigma):
             noisy = landscape.evaluate()
-        length = noisy.grad.norm()
-        landscape.doubt = length - length  # an infinite F would make a finite e; the host must see it
         with landscape.shifted(self._epsilon(here.donate(), noisy.donate(), landscape)):
             return landscape.evaluate()
 
     def _epsilon(self, grad: ParamVector, noisy: ParamVector, landscape: Landscape) -> ParamVector:
         def stretched(f: Tensor, g: Tensor) -> Tensor:
-            return g / (1 + self.eta * (f / landscape.loss_scale.to(f.device)).square())
+            return g / (1 + self.eta * (f / landscape.facts.loss_scale.to(f.device)).square())
 
+        overflow = nan_unless_finite(noisy.norm())  # an infinite F would make a finite e; the host must see it
         direction = noisy.zip_(grad, stretched)
         length = direction.dot(grad).sqrt()
-        rho = check_radius(self.rho(landscape)) if callable(self.rho) else self.rho
-        return direction.scale_(rho / length.clamp_min(TINY) + (length - length))
+        rho = check_radius(self.rho(landscape.facts)) if callable(self.rho) else self.rho
+        return direction.scale_(rho / length.clamp_min(TINY) + nan_unless_finite(length) + overflow)

@@ -39,8 +39,10 @@ class VaSSO(Ascent):
 
     def direction(self, gradient: ParamVector, landscape: Landscape) -> ParamVector:
         """The running mean, kept without the loss scale."""
-        gradient, old = gradient.scale_(1 / landscape.loss_scale), self._state.get("direction")
-        mean = gradient if old is None else gradient.scale_(self.theta).add_(landscape.vector(old), 1 - self.theta)
+        gradient, old = gradient.scale_(1 / landscape.facts.loss_scale), self._state.get("direction")
+        mean = (
+            gradient if old is None else gradient.scale_(self.theta).add_(landscape.facts.vector(old), 1 - self.theta)
+        )
         mean.donated = False  # it is kept: the perturbation takes a copy
-        self._state["direction"] = landscape.named(mean)
+        self._state["direction"] = landscape.facts.named(mean)
         return mean

@@ -40,4 +40,4 @@ class WithProbability(Sometimes):
 
     def due(self, landscape: Landscape) -> bool:
         """By the step's own draw."""
-        return bool(torch.rand((), generator=landscape.random("WithProbability")) < self.p)
+        return bool(torch.rand((), generator=landscape.facts.random("WithProbability")) < self.p)

@@ -76,7 +76,7 @@ class Ball(Part):
 
     def _images(self, grad: ParamVector, landscape: Landscape) -> Iterator[tuple[Tensor, ...]]:
         """A part of a parameter at a time: the gradient it is of; g as stored; g and M g in float32 or better."""
-        for stored, w, name in zip(grad.tensors, landscape.weights.tensors, landscape.names, strict=True):
+        for stored, w, name in zip(grad.tensors, landscape.weights.tensors, landscape.facts.names, strict=True):
             if stored is not None and w is not None:
                 for part, weight in chunks(stored, w):
                     g = wide(part)
@@ -150,5 +150,5 @@ class FisherBall(Ball):
     def metric(self, grad: Tensor, weight: Tensor, name: str, landscape: Landscape) -> Tensor:
         """D of one parameter."""
         del weight, name
-        fisher = (grad / landscape.loss_scale.to(grad.device)).square()
+        fisher = (grad / landscape.facts.loss_scale.to(grad.device)).square()
         return 1 / (1 + self.eta * fisher)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hf_sharp._checks import check_choice, check_count, check_share
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._perturbation.masks import Entries, Mask
 from hf_sharp._tensors.shards import earlier, like, local, placed, summed
-from hf_sharp._tensors.vector import ParamVector, chunks, wide
+from hf_sharp._tensors.vector import ParamVector, chunks, nan_unless_finite, wide
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Refreshed(Mask):
         check_count(self.every, "every")
 
     @abstractmethod
-    def draw(self, grad: ParamVector, landscape: Landscape) -> dict[str, Tensor]:
+    def draw(self, grad: ParamVector, landscape: Landscape) -> tuple[dict[str, Tensor], Tensor | None]:
         """A new mask.
 
         Args:
@@ -39,7 +39,7 @@ class _Refreshed(Mask):
             landscape: where this is.
 
         Returns:
-            Bool tensors by parameter name, equal on all ranks.
+            Bool tensors by parameter name, equal on all ranks; and `Entries.overflow`.
         """
 
     def whole(self, landscape: Landscape) -> set[str]:
@@ -57,16 +57,16 @@ class _Refreshed(Mask):
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
         """What is outside moves as a whole, of the rest the share `keep`."""
         whole = self.whole(landscape)
-        return {name: 1.0 if name in whole else self.keep for name in landscape.names}
+        return {name: 1.0 if name in whole else self.keep for name in landscape.facts.names}
 
     def entries(self, grad: ParamVector, landscape: Landscape) -> Entries:
         """The mask of this step; a refresh step perturbs with the mask that it draws."""
-        last = self._state.get("refreshed")
-        if last is None or landscape.step // self.every != last // self.every:
-            self._state["mask"] = self.draw(grad, landscape)
-            self._state["refreshed"] = landscape.step
+        last, overflow = self._state.get("refreshed"), None
+        if last is None or landscape.facts.step // self.every != last // self.every:
+            self._state["mask"], overflow = self.draw(grad, landscape)
+            self._state["refreshed"] = landscape.facts.step
         whole, mask = self.whole(landscape), self._state.get("mask", {})
-        return {name: mask.get(name, name in whole) for name in landscape.names}
+        return Entries({name: mask.get(name, name in whole) for name in landscape.facts.names}, overflow)
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class RandomMask(_Refreshed):
         every: how many steps a draw is used.
     """
 
-    def draw(self, grad: ParamVector, landscape: Landscape) -> dict[str, Tensor]:
+    def draw(self, grad: ParamVector, landscape: Landscape) -> tuple[dict[str, Tensor], None]:
         """The entries with the largest of as many random numbers."""
         del grad
         scores = {
-            name: placed(torch.rand(p.shape, generator=landscape.random(name)), p)
-            for name, p in landscape.host.parameters.items()
+            name: placed(torch.rand(p.shape, generator=landscape.facts.random(name)), p)
+            for name, p in landscape.facts.parameters.items()
         }
-        return largest(scores, self.keep)
+        return largest(scores, self.keep), None
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,11 @@ class FisherMask(_Refreshed):
             row.
         samples: how many rows of the window "per_sample" uses, on each rank.
         scope: "global": the largest over the whole network. "tensor": over each parameter by itself.
-        outside: what happens to parameters named `bias` or `embed` and those of BatchNorm, which are not eligible:
-            "always" perturbed (the authors' code) or "never".
+        outside: what happens to biases, embeddings and the parameters of BatchNorm, which are not eligible: "always"
+            perturbed (the authors' code) or "never".
+        embeddings: which parameters count as embeddings. "modules": those that `nn.Embedding` modules own, so that
+            GPT-2's `wte` and T5's `shared` do and BERT's `embeddings.LayerNorm` does not. "names": those with `embed`
+            in their name, as in the authors' code.
         renormalise: False: the norm is over all entries and ||e|| <= rho (the authors' code). True: ||e|| = rho.
     """
 
@@ -109,6 +112,7 @@ class FisherMask(_Refreshed):
     samples: int = 32
     scope: str = "global"
     outside: str = "always"
+    embeddings: str = "modules"
     renormalise: bool = False
 
     @property
@@ -121,6 +125,7 @@ class FisherMask(_Refreshed):
         check_choice(self.fisher, "fisher", ("batch", "per_sample"))
         check_choice(self.scope, "scope", ("global", "tensor"))
         check_choice(self.outside, "outside", ("always", "never"))
+        check_choice(self.embeddings, "embeddings", ("modules", "names"))
         check_choice(self.renormalise, "renormalise", (True, False))
         check_count(self.samples, "samples", "a number of rows")
 
@@ -130,7 +135,7 @@ class FisherMask(_Refreshed):
         Raises:
             ValueError: if no entry would be masked or perturbed, or if parameters are sharded and rows are asked for.
         """
-        if self.fisher == "per_sample" and landscape.sharded:
+        if self.fisher == "per_sample" and landscape.facts.sharded:
             raise ValueError(
                 "fisher='per_sample' takes gradients of single rows on each rank, which sharded parameters (FSDP) do "
                 "not have. Use fisher='batch', or DDP."
@@ -138,10 +143,10 @@ class FisherMask(_Refreshed):
         eligible = self._eligible(landscape)
         if not eligible:
             raise ValueError(
-                f"The mask {self!r} finds no eligible parameter: all {len(landscape.names)} trainable ones are "
+                f"The mask {self!r} finds no eligible parameter: all {len(landscape.facts.names)} trainable ones are "
                 "biases, embeddings or BatchNorm, which stand outside it. Use SAM without a mask."
             )
-        sizes = [p.numel() for name, p in landscape.host.parameters.items() if name in eligible]
+        sizes = [p.numel() for name, p in landscape.facts.parameters.items() if name in eligible]
         kept = int(self.keep * sum(sizes)) if self.scope == "global" else sum(int(self.keep * n) for n in sizes)
         if not kept and not self.whole(landscape):
             raise ValueError(
@@ -151,46 +156,52 @@ class FisherMask(_Refreshed):
 
     def whole(self, landscape: Landscape) -> set[str]:
         """The parameters that are not eligible, unless they never move."""
-        return set(landscape.names) - self._eligible(landscape) if self.outside == "always" else set()
+        return set(landscape.facts.names) - self._eligible(landscape) if self.outside == "always" else set()
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
         """What is outside moves as a whole or never."""
         shares, eligible = super().perturbed(landscape), self._eligible(landscape)
         return {name: share for name, share in shares.items() if share == 1.0 or name in eligible}
 
-    def draw(self, grad: ParamVector, landscape: Landscape) -> dict[str, Tensor]:
+    def draw(self, grad: ParamVector, landscape: Landscape) -> tuple[dict[str, Tensor], Tensor | None]:
         """The entries with the largest Fisher diagonal."""
         eligible = self._eligible(landscape)
-        fisher = grad.map(lambda g: wide(g).abs()) if self.fisher == "batch" else self._per_sample(landscape)
+        if self.fisher == "batch":
+            fisher, overflow = grad.map(lambda g: wide(g).abs()), None
+        else:
+            fisher = self._per_sample(landscape)
+            overflow = nan_unless_finite(fisher.norm())
         scores = {
             name: f
-            for name, f in zip(landscape.names, fisher.tensors, strict=True)
+            for name, f in zip(landscape.facts.names, fisher.tensors, strict=True)
             if f is not None and name in eligible
         }
         if self.scope == "global":
-            return largest(scores, self.keep)
-        return {name: largest({name: f}, self.keep)[name] for name, f in scores.items()}
+            return largest(scores, self.keep), overflow
+        return {name: largest({name: f}, self.keep)[name] for name, f in scores.items()}, overflow
 
     def _eligible(self, landscape: Landscape) -> set[str]:
-        known = {id(p): name for name, p in landscape.host.parameters.items()}
-        batch_norms = [
-            m for m in landscape.modules.values() if isinstance(m, _NormBase) or "BatchNorm" in type(m).__name__
-        ]
-        excluded = {known[id(p)] for m in batch_norms for p in m.parameters(recurse=False) if id(p) in known}
-        return {name for name in landscape.names if "bias" not in name and "embed" not in name} - excluded
+        """The names of what the mask chooses from: no bias, no embedding, nothing of BatchNorm."""
+        known = {id(p): name for name, p in landscape.facts.parameters.items()}
+        outside = [module for module in landscape.modules.values() if self._stands_outside(module)]
+        excluded = {known[id(p)] for m in outside for p in m.parameters(recurse=False) if id(p) in known}
+        words = ("bias", "embed") if self.embeddings == "names" else ("bias",)
+        return {name for name in landscape.facts.names if not any(word in name for word in words)} - excluded
+
+    def _stands_outside(self, module: nn.Module) -> bool:
+        if isinstance(module, _NormBase) or "BatchNorm" in type(module).__name__:
+            return True
+        return self.embeddings == "modules" and isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
     def _per_sample(self, landscape: Landscape) -> ParamVector:
-        squares: list[Tensor | None] = [None] * len(landscape.names)
+        squares: list[Tensor | None] = [None] * len(landscape.facts.names)
         for grad in landscape.row_gradients(self.samples):
             for index, g in enumerate(grad.tensors):
                 if g is not None:
-                    square = wide(g / landscape.loss_scale.to(g.device)).square()
+                    square = wide(g / landscape.facts.loss_scale.to(g.device)).square()
                     old = squares[index]
                     squares[index] = square if old is None else old.add_(square)
-        fisher = landscape.mean_over_ranks(ParamVector(squares))
-        length = fisher.norm()
-        landscape.doubt = length - length  # NaN if a row's gradient was not finite
-        return fisher
+        return landscape.mean_over_ranks(ParamVector(squares))
 
 
 def largest(scores: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:

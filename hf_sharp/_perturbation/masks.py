@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -19,7 +20,18 @@ from hf_sharp._tensors.vector import ParamVector
 
 NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 NORM_NAME = re.compile(r"(layer|rms|batch|group|instance)_?norm", re.IGNORECASE)  # T5LayerNorm, LlamaRMSNorm, ...
-Entries = Mapping[str, "Tensor | bool"]
+
+
+class Entries(NamedTuple):
+    """Which entries of the parameters are perturbed.
+
+    Attributes:
+        kept: by parameter name a bool tensor of its shape, or True (all of it) or False (nothing).
+        overflow: a 0-dim tensor, NaN if what the mask was drawn from was not finite, else 0; None if that cannot be.
+    """
+
+    kept: Mapping[str, Tensor | bool]
+    overflow: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Mask(Part):
             1 for a parameter that moves as a whole; parameters that never move are missing.
         """
         names = self.names(landscape)
-        return dict.fromkeys(landscape.names if names is None else names, 1.0)
+        return dict.fromkeys(landscape.facts.names if names is None else names, 1.0)
 
     def entries(self, grad: ParamVector, landscape: Landscape) -> Entries | None:
         """The entries that are perturbed, refreshed if that is due.
@@ -60,7 +72,7 @@ class Mask(Part):
             landscape: where this is; a mask may evaluate.
 
         Returns:
-            By parameter name a bool tensor of its shape, or True (all of it) or False (nothing); None for everything.
+            The entries; None for everything.
         """
         del grad, landscape
         return None
@@ -74,8 +86,8 @@ class Mask(Part):
         names = self.names(landscape)
         if names is not None and not names:
             raise ValueError(
-                f"The mask {self!r} selects none of the {len(landscape.names)} trainable parameters, so nothing would "
-                f"be perturbed. They are named like {landscape.names[:3]}. Use another mask, or none."
+                f"The mask {self!r} selects none of the {len(landscape.facts.names)} trainable parameters, so nothing "
+                f"would be perturbed. They are named like {landscape.facts.names[:3]}. Use another mask, or none."
             )
 
 
@@ -90,7 +102,7 @@ class NormLayers(Mask):
 
     def names(self, landscape: Landscape) -> list[str]:
         """The trainable parameters that normalisation layers own."""
-        known = {id(p): name for name, p in landscape.host.parameters.items()}
+        known = {id(p): name for name, p in landscape.facts.parameters.items()}
         norms = [
             m for m in landscape.modules.values() if isinstance(m, NORM_TYPES) or NORM_NAME.search(type(m).__name__)
         ]
@@ -122,4 +134,4 @@ class ByName(Mask):
 
     def names(self, landscape: Landscape) -> list[str]:
         """The trainable parameters whose name matches."""
-        return [name for name in landscape.names if re.search(self.pattern, name)]
+        return [name for name in landscape.facts.names if re.search(self.pattern, name)]

@@ -26,8 +26,8 @@ def gaussian(landscape: Landscape, sigma: float, tag: str) -> ParamVector:
         A new vector, equal on all ranks.
     """
     return ParamVector(
-        placed(_noise(p.shape, landscape.random(f"{tag}/{name}", p.device), sigma, p.dtype), p)
-        for name, p in landscape.host.parameters.items()
+        placed(_noise(p.shape, landscape.facts.random(f"{tag}/{name}", p.device), sigma, p.dtype), p)
+        for name, p in landscape.facts.parameters.items()
     )
 
 
@@ -86,7 +86,7 @@ def noisy_inputs(landscape: Landscape, sigma: float) -> Iterator[None]:
     Raises:
         ValueError: if no forward inside embedded anything, for one because the batch holds `inputs_embeds`.
     """
-    model, embedded = landscape.host.model, []
+    model, embedded = landscape.model, []
 
     def begin(module: nn.Module, inputs: Any) -> None:
         del module, inputs
@@ -102,10 +102,13 @@ def noisy_inputs(landscape: Landscape, sigma: float) -> Iterator[None]:
                 "reference='previous'."
             )
         embedded[-1] = 1
-        each, _ = divmod(output.shape[0], landscape.row_count())
-        first = landscape.first_row() * max(each, 1)
+        each, _ = divmod(output.shape[0], landscape.window.row_count())
+        facts = landscape.facts
+        first = landscape.window.first_row(facts.rank, facts.ranks) * max(each, 1)
         rows = [
-            _noise(output.shape[1:], landscape.random(f"input/{first + row}", output.device), sigma, output.dtype)
+            _noise(
+                output.shape[1:], landscape.facts.random(f"input/{first + row}", output.device), sigma, output.dtype
+            )
             for row in range(output.shape[0])
         ]
         return output + torch.stack(rows)

@@ -95,7 +95,7 @@ class Part:
         return None
 
     def adds(self, landscape: Landscape) -> dict[str, Tensor]:
-        """Parameters that this part trains beside the model's; `landscape.added` holds them from then on.
+        """Parameters that this part trains beside the model's; `landscape.facts.added` holds them from then on.
 
         They are in the optimizer, without weight decay, and nowhere in the model: evaluation, saved weights, clipping
         and the gradient's norm do not know them. Checkpoints of the training hold them.
@@ -170,7 +170,7 @@ class Part:
         for _, part in self.named_parts():
             for key, value in part._state.items():
                 if isinstance(value, dict):
-                    part._state[key] = landscape.named(landscape.vector(value))
+                    part._state[key] = landscape.facts.named(landscape.facts.vector(value))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace all state by what `state_dict` returned.

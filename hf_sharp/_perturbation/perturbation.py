@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hf_sharp._checks import check_radius
+from hf_sharp._engine.evaluation import Shift
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._perturbation.balls import Ball, L2Ball
 from hf_sharp._perturbation.masks import Entries, Mask
 from hf_sharp._perturbation.part import Part
 from hf_sharp._perturbation.schedules import Constant, Schedule
 from hf_sharp._tensors.shards import local
-from hf_sharp._tensors.vector import TINY, ParamVector
+from hf_sharp._tensors.vector import TINY, ParamVector, nan_unless_finite
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Perturbation(Part):
         Returns:
             rho, or what its schedule says, which must be a radius too.
         """
-        return check_radius(self.rho(landscape), "what the schedule gives") if callable(self.rho) else self.rho
+        return check_radius(self.rho(landscape.facts), "what the schedule gives") if callable(self.rho) else self.rho
 
     def names(self, landscape: Landscape) -> list[str] | None:
         """The parameters that the ascent needs a gradient for.
@@ -75,43 +76,42 @@ class Perturbation(Part):
         Returns:
             The (mean) share of entries that move, by parameter name.
         """
-        return dict.fromkeys(landscape.names, 1.0) if self.mask is None else self.mask.perturbed(landscape)
+        return dict.fromkeys(landscape.facts.names, 1.0) if self.mask is None else self.mask.perturbed(landscape)
 
-    def __call__(self, grad: ParamVector, landscape: Landscape, radius: Tensor | None = None) -> ParamVector:
+    def __call__(self, grad: ParamVector, landscape: Landscape, radius: Tensor | None = None) -> Shift:
         """The perturbation of a gradient.
 
         Args:
-            grad: the ascent gradient; changed in place if its owner gave it up, else copied. A norm that is not finite
-                makes all of the perturbation NaN, so that the host's scaler sees it.
-            landscape: where this is.
+            grad: the ascent gradient; changed in place if its owner has donated it, else copied. A norm that is not
+                finite makes all of the perturbation NaN, so that the host's scaler sees it.
+            landscape: the step's; a mask or a ball may read it.
             radius: the radius, a 0-dim tensor that the method has computed; None takes `rho`.
 
         Returns:
-            Epsilon: None where nothing moves.
+            Epsilon, None where nothing moves, and its slope.
         """
         rho, wanted = self.radius(landscape) if radius is None else radius, self.names(landscape)
-        fresh, epsilon = grad.fresh, grad.own()
+        of_gradient, epsilon = grad.is_gradient, grad.own()
         if wanted is not None:
             keep = set(wanted)
-            epsilon = ParamVector(
-                t if n in keep else None for n, t in zip(landscape.names, epsilon.tensors, strict=True)
-            )
-        entries = None if self.mask is None else self.mask.entries(epsilon, landscape)
-        full = None
-        if entries is not None:
-            full = None if self.mask is None or self.mask.renormalise else self.ball.length(epsilon, landscape)
+            pairs = zip(landscape.facts.names, epsilon.tensors, strict=True)
+            epsilon = ParamVector(t if n in keep else None for n, t in pairs)
+        full, entries = None, None if self.mask is None else self.mask.entries(epsilon, landscape)
+        if self.mask is not None and entries is not None:
+            full = None if self.mask.renormalise else self.ball.length(epsilon, landscape)
             epsilon = _drop_(epsilon, entries, landscape)
-        kept = self.ball.stretch_(epsilon, landscape)
-        length = kept if full is None else full
-        factor = rho / length.clamp_min(TINY) + (length - length)  # the last term is NaN for a length of inf, else 0
-        landscape.slope = factor * kept.square() if fresh else None
-        return epsilon.scale_(factor)
+        inside = self.ball.stretch_(epsilon, landscape)
+        length = inside if full is None else full
+        factor = rho / length.clamp_min(TINY) + nan_unless_finite(length)
+        if entries is not None and entries.overflow is not None:
+            factor = factor + entries.overflow
+        return Shift(epsilon.scale_(factor), factor * inside.square() if of_gradient else None)
 
 
 def _drop_(vector: ParamVector, entries: Entries, landscape: Landscape) -> ParamVector:
     kept = []
-    for name, tensor in zip(landscape.names, vector.tensors, strict=True):
-        mask = entries[name]
+    for name, tensor in zip(landscape.facts.names, vector.tensors, strict=True):
+        mask = entries.kept[name]
         if tensor is None or mask is False:
             kept.append(None)
         else:

@@ -45,11 +45,11 @@ class PreviousWeights(Reference):
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
         """The outputs at the remembered weights."""
         weights = self._state.get("weights")
-        return landscape.outputs_at(batch, None if weights is None else landscape.vector(weights))
+        return landscape.outputs_at(batch, None if weights is None else landscape.facts.vector(weights))
 
     def remember(self, landscape: Landscape) -> None:
         """A copy of the weights before the update."""
-        self._state["weights"] = landscape.named(landscape.weights.scale(1.0))
+        self._state["weights"] = landscape.facts.named(landscape.weights.scale(1.0))
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class PretrainedWeights(Reference):
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
         """The outputs at the first weights."""
         weights = self._state.get("weights")
-        return landscape.outputs_at(batch, None if weights is None else landscape.vector(weights))
+        return landscape.outputs_at(batch, None if weights is None else landscape.facts.vector(weights))
 
     def begin(self, landscape: Landscape) -> None:
         """A copy of the weights, at the first step of training only."""
         if "weights" not in self._state:
-            self._state["weights"] = landscape.named(landscape.weights.scale(1.0))
+            self._state["weights"] = landscape.facts.named(landscape.weights.scale(1.0))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class NoisyInputs(Reference):
 
     def check(self, landscape: Landscape) -> None:
         """Refuse a model whose input embedding cannot be found."""
-        input_embeddings(landscape.host.model)
+        input_embeddings(landscape.model)
 
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
         """The outputs with noise."""

@@ -1,4 +1,4 @@
-"""A radius that varies: functions of the landscape's step and learning rate. A plain number is a constant schedule."""
+"""A radius that varies: functions of the step and learning rate. A plain number is a constant schedule."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hf_sharp._checks import check_count, check_radius
-from hf_sharp._engine.landscape import Landscape
+from hf_sharp._engine.facts import StepFacts
 
-Schedule = Callable[["Landscape"], float]
+Schedule = Callable[[StepFacts], float]
 
 
 def check_strength(value: float | Schedule, name: str) -> None:
     """Check a strength that may vary.
 
     Args:
-        value: a number, or a function of the landscape.
+        value: a number, or a function of the step's facts.
         name: what to call it in the error.
     """
     if not callable(value) or isinstance(value, type):
         check_radius(value, name)  # type: ignore[arg-type]
 
 
-def strength_at(value: float | Schedule, landscape: Landscape, name: str) -> float:
-    """A strength that may vary, at the landscape's step.
+def strength_at(value: float | Schedule, facts: StepFacts, name: str) -> float:
+    """A strength that may vary, at the step.
 
     Args:
-        value: a number, or a function of the landscape.
-        landscape: where this is.
+        value: a number, or a function of the step's facts.
+        facts: of the step.
         name: what to call it in the error.
 
     Returns:
         The number, which must be finite and at least 0.
     """
-    return check_radius(value(landscape), f"what {name}'s schedule gives") if callable(value) else float(value)
+    return check_radius(value(facts), f"what {name}'s schedule gives") if callable(value) else float(value)
 
 
 def _check_length(steps: int | None) -> None:
@@ -42,11 +42,11 @@ def _check_length(steps: int | None) -> None:
         check_count(steps, "steps", "a number of optimizer steps, or None,", least=0)
 
 
-def _progress(landscape: Landscape, steps: int | None, who: str) -> float:
-    steps = landscape.total_steps if steps is None else steps
+def _progress(facts: StepFacts, steps: int | None, who: str) -> float:
+    steps = facts.total_steps if steps is None else steps
     if steps is None:
         raise ValueError(f"{who} needs the number of training steps, which is not known here: give it as `steps=`.")
-    return min(landscape.step / max(steps, 1), 1.0)
+    return min(facts.step / max(steps, 1), 1.0)
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ class Constant:
     def __post_init__(self) -> None:
         check_radius(self.rho)
 
-    def __call__(self, landscape: Landscape) -> float:
+    def __call__(self, facts: StepFacts) -> float:
         """The radius."""
-        del landscape
+        del facts
         return self.rho
 
 
 @dataclass(frozen=True)
 class Linear:
-    """From `start` to `end` in a straight line over `steps` steps, then `end`.
+    """From `plan_first_pass` to `end` in a straight line over `steps` steps, then `end`.
 
     Args:
         start: the first radius.
@@ -92,14 +92,14 @@ class Linear:
         """What a door must know, keys of `WANTED` in `refusals.py`: the length of training, unless given."""
         return frozenset({"length"} if self.steps is None else ())
 
-    def __call__(self, landscape: Landscape) -> float:
-        """The radius at the landscape's step."""
-        return self.start + (self.end - self.start) * _progress(landscape, self.steps, "Linear")
+    def __call__(self, facts: StepFacts) -> float:
+        """The radius at the step."""
+        return self.start + (self.end - self.start) * _progress(facts, self.steps, "Linear")
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """From `start` to `end` along half a cosine over `steps` steps, then `end`.
+    """From `plan_first_pass` to `end` along half a cosine over `steps` steps, then `end`.
 
     Args:
         start: the first radius.
@@ -121,9 +121,9 @@ class Cosine:
         """What a door must know, keys of `WANTED` in `refusals.py`: the length of training, unless given."""
         return frozenset({"length"} if self.steps is None else ())
 
-    def __call__(self, landscape: Landscape) -> float:
-        """The radius at the landscape's step."""
-        share = (1 + math.cos(math.pi * _progress(landscape, self.steps, "Cosine"))) / 2
+    def __call__(self, facts: StepFacts) -> float:
+        """The radius at the step."""
+        share = (1 + math.cos(math.pi * _progress(facts, self.steps, "Cosine"))) / 2
         return self.end + (self.start - self.end) * share
 
 
@@ -145,9 +145,9 @@ class FollowsLearningRate:
         if self.rho_min > self.rho:
             raise ValueError(f"rho_min is the radius at learning rate zero, at most rho: {self.rho_min} > {self.rho}.")
 
-    def __call__(self, landscape: Landscape) -> float:
-        """The radius at the landscape's learning rate."""
-        share = landscape.lr / landscape.lr_max if landscape.lr_max else 1.0
+    def __call__(self, facts: StepFacts) -> float:
+        """The radius at the step's learning rate."""
+        share = facts.lr / facts.lr_max if facts.lr_max else 1.0
         return self.rho_min + (self.rho - self.rho_min) * min(max(share, 0.0), 1.0)
 
 
@@ -172,11 +172,11 @@ class ZeroDuringWarmup:
         """What a door must know, keys of `WANTED` in `refusals.py`: the length of the warm-up, unless given."""
         return frozenset({"warmup"} if self.steps is None else ())
 
-    def __call__(self, landscape: Landscape) -> float:
-        """The radius at the landscape's step; refuses when the length of the warm-up is not known."""
-        steps = landscape.warmup_steps if self.steps is None else self.steps
+    def __call__(self, facts: StepFacts) -> float:
+        """The radius at the step; refuses when the length of the warm-up is not known."""
+        steps = facts.warmup_steps if self.steps is None else self.steps
         if steps is None:
             raise ValueError(
                 "ZeroDuringWarmup needs the length of the warm-up, which is not known here: give it as `steps=`."
             )
-        return 0.0 if landscape.step < steps else self.rho
+        return 0.0 if facts.step < steps else self.rho

@@ -60,10 +60,11 @@ def mesa(
 
     Args:
         lam: weight of the divergence; the paper's 0.8.
-        decay: how much of the old average a step keeps.
+        decay: how much of the old average a step keeps; the default of the authors' script is 0.9998.
         temperature: divides the logits; the paper's 5.
         interval: the method at every so many steps only, plain training between.
-        start: the share of training that is plain before; the paper starts after 5 of its many epochs.
+        start: the share of training that is plain before, while the average is taken already; the paper starts after
+            5 of its many epochs.
 
     Returns:
         The method, of cost 1 + 1/3; memory: 2 copies.

@@ -60,12 +60,13 @@ class SharpConfig:
         method: name of the preset.
         rho: radius of the perturbation.
         eta: of the adaptive ball (asam, sam_on, tram) or the Fisher metric (fisher_sam).
-        on: which tensors asam adapts to.
+        on: which tensors asam and sam_on's adaptive ball adapt to.
         keep: share of the entries that fsam perturbs.
         every: how many steps fsam uses a mask, looksam a reused part.
         fisher: how fsam estimates the Fisher diagonal.
         scope: over what fsam takes the largest entries.
         outside: what fsam does with biases, embeddings and BatchNorm.
+        embeddings: by what fsam tells embeddings.
         renormalise: whether fsam's masked perturbation has the full radius.
         samples: rows for fsam's per-sample Fisher, draws of randomized_smoothing.
         ball: of sam_on.
@@ -104,7 +105,7 @@ class SharpConfig:
     eta: float | None = field(
         default=None, metadata={"help": "asam, sam_on, tram: added to |w|; fisher_sam: Fisher weight."}
     )
-    on: str | None = field(default=None, metadata={"help": "asam: adapt on 'weights' or 'all'."})
+    on: str | None = field(default=None, metadata={"help": "asam, sam_on: adapt on 'weights' or 'all'."})
     keep: float | None = field(default=None, metadata={"help": "fsam: share of the entries perturbed, in (0, 1]."})
     every: int | None = field(
         default=None, metadata={"help": "fsam: steps between masks; looksam: between SAM steps."}
@@ -114,6 +115,7 @@ class SharpConfig:
     outside: str | None = field(
         default=None, metadata={"help": "fsam: bias, embeddings, BatchNorm 'always' or 'never'."}
     )
+    embeddings: str | None = field(default=None, metadata={"help": "fsam: told by 'modules' or by 'names'."})
     renormalise: bool | None = field(default=None, metadata={"help": "fsam: give the masked perturbation radius rho."})
     samples: int | None = field(
         default=None, metadata={"help": "fsam: rows for its Fisher; randomized_smoothing: draws."}

@@ -75,6 +75,7 @@ def fsam(
     fisher: str = "batch",
     scope: str = "global",
     outside: str = "always",
+    embeddings: str = "modules",
     renormalise: bool = False,
     samples: int = 32,
     fraction: float = 1.0,
@@ -93,6 +94,8 @@ def fsam(
         fisher: "batch" (the authors' code: no cost) or "per_sample" (the paper: one backward a row at each refresh).
         scope: the largest entries of the whole network ("global") or of each tensor ("tensor").
         outside: biases, embeddings and BatchNorm are "always" perturbed (the authors' code) or "never".
+        embeddings: what counts as one: what `nn.Embedding` "modules" own, or, by "names", what is called `embed` (the
+            authors' code, which misses GPT-2's `wte` and takes BERT's `embeddings.LayerNorm` for one).
         renormalise: True gives the masked perturbation the full radius.
         samples: rows for "per_sample".
         fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
@@ -109,6 +112,7 @@ def fsam(
         samples=samples,
         scope=scope,
         outside=outside,
+        embeddings=embeddings,
         renormalise=renormalise,
     )
     return timed(SAM(Perturbation(rho=rho, mask=mask), fraction), interval, start)
@@ -118,6 +122,7 @@ def sam_on(
     rho: Rho = 0.5,
     ball: str = "l2",
     eta: float = 0.01,
+    on: str = "weights",
     fraction: float = 1.0,
     interval: int = 1,
     start: float = 0.0,
@@ -129,6 +134,8 @@ def sam_on(
         rho: the radius over the subset; larger than SAM's, since the subset is tiny.
         ball: "l2" or "adaptive" (as in ASAM).
         eta: of the adaptive ball.
+        on: of the adaptive ball: T = |w| + eta on the scales and 1 on the shifts ("weights"), or on both ("all"). The
+            authors' command has radius 10 with "all" and eta 0.
         fraction: the share of the window that the ascent gradient is taken on; below 1 a step costs 1 + fraction.
         interval: SAM at every so many steps only, plain training between.
         start: the share of training that is plain before.
@@ -139,11 +146,13 @@ def sam_on(
         the host allows it to skip the other weight gradients.
 
     Raises:
-        ValueError: if there is no such ball.
+        ValueError: if there is no such ball, or `on` is set for one that does not use it.
     """
-    balls: dict[str, Ball] = {"l2": L2Ball(), "adaptive": AdaptiveBall(eta=eta)}
+    balls: dict[str, Ball] = {"l2": L2Ball(), "adaptive": AdaptiveBall(eta=eta, on=on)}
     if ball not in balls:
         raise ValueError(f"ball is one of {tuple(balls)}; got {ball!r}.")
+    if ball == "l2" and on != "weights":
+        raise ValueError(f"on belongs to the adaptive ball: add ball='adaptive', or leave it out; got {on!r}.")
     return timed(SAM(Perturbation(rho=rho, ball=balls[ball], mask=NormLayers()), fraction, per_rank), interval, start)
 
 

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from hf_sharp._tensors.shards import like, local, sharded, summed, total
 
-__all__ = ["TINY", "ParamVector", "Scalar", "alike", "chunks", "copy_", "move_", "total", "wide"]
+__all__ = ["TINY", "ParamVector", "Scalar", "alike", "chunks", "copy_", "move_", "nan_unless_finite", "total", "wide"]
 
 TINY = 1e-12  # the smallest norm divided by: a clamp, so that it bends nothing but the zero
 Scalar = float | Tensor
+WRITE = (
+    "Write vector.scale(0.05) for 0.05 * vector, a.add(b, alpha=2.0) for a + 2 b, a.sub(b) for a - b, vector.unit() "
+    "for vector / norm; scale_ and add_ work in place."
+)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -43,6 +47,18 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(t.view(-1).split(size) for t in tensors), strict=True)
     else:
         yield tensors
+
+
+def nan_unless_finite(value: Tensor) -> Tensor:
+    """A zero that spoils what it is added to where a number is not finite, without asking the device for it.
+
+    Args:
+        value: a 0-dim tensor.
+
+    Returns:
+        0 where it is finite, else NaN, so that the host's scaler sees an overflow that a division would hide.
+    """
+    return value - value
 
 
 def alike(*lists: Sequence[Tensor]) -> bool:
@@ -99,14 +115,34 @@ class ParamVector:
         tensors: one entry a parameter, in the order of the landscape's parameters.
     """
 
-    __slots__ = ("donated", "fresh", "tensors")
+    __slots__ = ("_tensors", "donated", "is_gradient")
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
-        self.tensors: list[Tensor | None] = list(tensors)
+        self._tensors: list[Tensor | None] | None = list(tensors)
         self.donated = False  # its owner needs it no more
-        self.fresh = False  # it is the step's gradient at the present weights, unchanged
+        self.is_gradient = False  # it is the step's gradient at the present weights, unchanged
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """One tensor a parameter, None for zeros.
+
+        Raises:
+            RuntimeError: if the vector was donated and used since.
+        """
+        if self._tensors is None:
+            raise RuntimeError(
+                "This vector was donated and has been used: its memory belongs to somebody else. Use it once, or use "
+                "a copy, vector.scale(1.0), and donate nothing."
+            )
+        return self._tensors
+
+    @tensors.setter
+    def tensors(self, tensors: list[Tensor | None]) -> None:
+        self._tensors = tensors
 
     def __repr__(self) -> str:
+        if self._tensors is None:
+            return "ParamVector(donated and used)"
         present = self.present()
         return f"ParamVector({len(present)} of {len(self.tensors)} tensors, {sum(t.numel() for t in present)} entries)"
 
@@ -119,17 +155,23 @@ class ParamVector:
         return [local(t) for t in self.tensors if t is not None]
 
     def own(self) -> ParamVector:
-        """A vector that the caller may change in place: this one if it was given up, else a copy.
+        """A vector that the caller may change in place: of this one's tensors if it was donated, else a copy.
 
         Returns:
             The vector to work on.
         """
-        if self.donated:
-            self.donated = False
-            return self
-        copy = self.map(torch.clone)
-        copy.fresh = self.fresh
-        return copy
+        own = ParamVector(self.release()) if self.donated else self.map(torch.clone)
+        own.is_gradient = self.is_gradient
+        return own
+
+    def release(self) -> list[Tensor | None]:
+        """Let go of the tensors; whoever uses this vector afterwards gets an error.
+
+        Returns:
+            The tensors.
+        """
+        tensors, self._tensors = self.tensors, None
+        return tensors
 
     def donate(self) -> ParamVector:
         """Say that this vector is needed no more: whoever receives it may change it, and frees its memory.
@@ -200,6 +242,11 @@ class ParamVector:
         pairs = zip(owners, self.pairs(other), strict=True)
         return summed((owner, (wide(a) * wide(b)).sum()) for owner, pair in pairs for a, b in chunks(*pair))
 
+    def __mul__(self, *_: object) -> ParamVector:
+        raise TypeError(f"A ParamVector has no operators. {WRITE}")
+
+    __rmul__ = __truediv__ = __add__ = __radd__ = __sub__ = __rsub__ = __neg__ = __mul__
+
     def scale_(self, factor: Scalar) -> ParamVector:
         """Multiply all entries, in place.
 
@@ -209,7 +256,7 @@ class ParamVector:
         Returns:
             This vector.
         """
-        self.fresh, present = False, self.present()
+        self.is_gradient, present = False, self.present()
         exact = all(t.dtype.itemsize >= 4 for t in present)  # a 16-bit kernel would round a Python number first
         if exact and isinstance(factor, Tensor) and factor.device.type == "cpu":
             factor = factor.item()  # no device to wait for
@@ -263,7 +310,7 @@ class ParamVector:
         Returns:
             This vector; it gains a tensor where only the other has one.
         """
-        self.fresh = False
+        self.is_gradient = False
         if isinstance(alpha, Tensor) and alpha.device.type == "cpu":
             alpha = alpha.item()  # no device to wait for
         pairs = self.pairs(other)
@@ -322,7 +369,7 @@ class ParamVector:
         Returns:
             This vector; None where the other has None.
         """
-        self.fresh = False
+        self.is_gradient = False
         for pair in self.pairs(other):
             for target, value in chunks(*pair):
                 target.copy_(function(wide(target), wide(value)))

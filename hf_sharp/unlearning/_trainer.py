@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
-from hf_sharp._engine.terms import part_of
+from hf_sharp._engine.terms import part_of, term_of
+from hf_sharp._integrations.labels import shifts_labels
 from hf_sharp._integrations.trainer import SharpTrainer
 from hf_sharp._methods import Method, Plain, Sum
 from hf_sharp._presets.config import MethodLike, read_method, read_record
@@ -66,7 +67,6 @@ class UnlearnTrainer(SharpTrainer):
         **kwargs: Any,
     ) -> None:
         self.objective = read_objective(objective)
-        self._counts: dict[tuple[int, ...], tuple[list[Any], Any]] = {}
         self._term_losses: dict[str, Tensor] = {}
         self._term_steps = 0
         self._term_counted: set[str] = set()
@@ -99,10 +99,10 @@ class UnlearnTrainer(SharpTrainer):
 
     @property
     def _models(self) -> Models:
-        host, module = self._sharp_host, self._sharp_host.model
+        module = self._sharp_host.model
         takes_labels = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
         frozen = module if self._adapter_off else self._frozen
-        return Models(module, module, host.shifts_labels, frozen, lambda: self.accelerator.autocast(), takes_labels)
+        return Models(module, module, shifts_labels(module), frozen, lambda: self.accelerator.autocast(), takes_labels)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._term_losses, self._term_steps, self._term_counted = {}, 0, set()
@@ -114,7 +114,6 @@ class UnlearnTrainer(SharpTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The Trainer's, with what the reference says of the rows, computed once for all passes of the step."""
-        self._counts = {}
         return super().get_batch_samples(map(self._prepared, epoch_iterator), *args, **kwargs)
 
     def _prepared(self, batch: Any) -> dict[str, Any]:
@@ -124,17 +123,14 @@ class UnlearnTrainer(SharpTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """How many units the present term has in these batches, on all ranks; counted once a window."""
-        name = self._sharp_host.term
+        name = term_of(batch_samples[0]) if batch_samples else None
         if name is None:
             return None  # of a batch of several terms; each is counted when its turn comes
-        key = tuple(map(id, batch_samples))
-        if key not in self._counts:
-            term = self.objective.terms[name]
-            units = torch.stack([term.units(part, self._models).sum() for part in batch_samples]).sum()
-            count = self.accelerator.reduce(units.to(device), reduction="sum")
-            self._counts[key] = (list(batch_samples), count)  # with the batches, so that their ids stay theirs
-            self._refuse_nothing(name, count)
-        return self._counts[key][1]
+        term = self.objective.terms[name]
+        units = torch.stack([term.units(part, self._models).sum() for part in batch_samples]).sum()
+        count = self.accelerator.reduce(units.to(device), reduction="sum")
+        self._refuse_nothing(name, count)
+        return count
 
     def _refuse_nothing(self, name: str, count: Any) -> None:
         if name in self._term_counted:
@@ -160,7 +156,7 @@ class UnlearnTrainer(SharpTrainer):
         Returns:
             The loss, such that what the Trainer makes of it adds up, over the window, to the window's loss.
         """
-        name = self._sharp_host.term
+        name = term_of(inputs)
         if name is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         models, term = self._models.called(model), self.objective.terms[name]
@@ -168,7 +164,7 @@ class UnlearnTrainer(SharpTrainer):
         if num_items_in_batch is None:
             loss = losses.sum() / term.units(inputs, models).sum().clamp_min(1)
         else:
-            factor = self._sharp_host.ranks * self._sharp_host.divisor  # DDP and the Trainer divide by these
+            factor = self._sharp_host.ranks * self._sharp_host.divisor_for(num_items_in_batch)  # which divide it later
             loss = losses.sum() * factor / num_items_in_batch.clamp_min(1)
         return (loss, outputs) if return_outputs else loss
 
@@ -188,7 +184,7 @@ class UnlearnTrainer(SharpTrainer):
         stepper = self._sharp_stepper
         assert stepper is not None
         if not stepper.expects_more:
-            self._counts, inputs = {}, self._prepared(inputs)
+            inputs = self._prepared(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if stepper.losses:
             losses, stepper.losses = stepper.losses, {}
@@ -200,8 +196,9 @@ class UnlearnTrainer(SharpTrainer):
 
     def _refuse_divergence(self, losses: Mapping[str, Tensor]) -> None:
         watched = list(losses.values())
-        if not self._sharp_host.skips_overflows:  # with a scaler, an overflow now and then is how it works
-            watched.append(ParamVector(p.grad for p in self._sharp_host.parameters.values()).norm())
+        facts = self._sharp_host.facts()
+        if not facts.skips_overflows:  # with a scaler, an overflow now and then is how it works
+            watched.append(ParamVector(p.grad for p in facts.parameters.values()).norm())
         device = watched[0].device
         if bool(torch.stack([value.to(device, torch.float32) for value in watched]).isfinite().all()):
             return

@@ -100,8 +100,8 @@ def pick_domain(
     """Read a domain from where it is: a file or folder if one is named, or else a data set of the Hub.
 
     Args:
-        file: .txt (a row a line), .csv or .tsv with a header, .json (a list of objects), .jsonl (an object a line), or
-            a folder with such files.
+        file: .txt (a row a line), .csv or .tsv with a header, .json or .jsonl (a list of objects or an object a line),
+            or a folder with such files.
         name: of the data set, whose split test or validation is the test.
         config: which of its configurations.
         text_column: column of the text, where there are columns.
@@ -130,6 +130,9 @@ def pick_domain(
             )
     if test is None and label_column and test_share < 1:
         train, test = _split_by_hash(train, test_share)
+        if not train or not test:
+            few = f"{title} has so few rows that of {len(train) + len(test)} {len(test)} would be held back"
+            raise ValueError(f"{few} to evaluate on. Name a file to evaluate on, or give more rows.")
     elif test is None:
         cut = round(len(train) * (1 - test_share))
         train, test = train[:cut], train[cut:]
@@ -336,11 +339,11 @@ def _table(path: Path) -> list[Any]:
 
 
 def _objects(path: Path) -> list[Any]:
-    """Read JSON: a list of objects, or in .jsonl an object a line."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix.lower() == ".jsonl":
-        return [json.loads(line) for line in io.StringIO(text) if line.strip()]
-    found = json.loads(text)
+    """Read JSON: a list of objects, or an object a line, whatever the file is called."""
+    try:
+        found = json.loads(text := path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        found = [json.loads(line) for line in io.StringIO(text) if line.strip()]
     return found if isinstance(found, list) else [found]
 
 

@@ -116,6 +116,40 @@ def load_glue(
     )
 
 
+def tokenize(
+    split: "Dataset",
+    columns: tuple[str, ...],
+    limit: int | None,
+    tokenizer: Any,
+    max_length: int,
+    pad: bool = False,
+    anew: bool = False,
+) -> "Dataset":
+    """Turn texts into tokens; padding waits for the batch, unless it is asked for.
+
+    Args:
+        split: rows with the columns and ``label``.
+        columns: one text or a pair.
+        limit: keep the first so many rows; None keeps all.
+        tokenizer: of the model.
+        max_length: in tokens; what is longer is cut off, as is what is longer than the model allows.
+        pad: fill up to that length.
+        anew: do it again though a cache has it.
+
+    Returns:
+        The rows with tokens in place of the texts.
+    """
+    split = split if limit is None else split.select(range(min(limit, len(split))))
+    length, padding = min(max_length, tokenizer.model_max_length), "max_length" if pad else False
+    return split.map(
+        lambda rows: tokenizer(*map(rows.get, columns), padding=padding, truncation=True, max_length=length),
+        batched=True,
+        remove_columns=[name for name in split.column_names if name != "label"],
+        load_from_cache_file=not anew,
+        desc="Tokenizing",
+    )
+
+
 def task_folder(task: GlueTask, data_dir: Path) -> Path:
     """Find the folder of a task.
 

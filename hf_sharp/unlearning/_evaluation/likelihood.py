@@ -43,6 +43,23 @@ class TokenScores:
         """The same divided by the number of tokens."""
         return self.nll / self.tokens
 
+    def without_last(self) -> TokenScores:
+        """The same without the last labelled token of each example.
+
+        That is the EOS where `Encoder` made the examples and none was cut off at its longest length. open-unlearning
+        leaves it out of exact memorization and extraction strength: `extraction_strength(scores.without_last())`.
+
+        Returns:
+            Scores of one token less an example.
+
+        Raises:
+            ValueError: if an example has only one.
+        """
+        short = next((i for i, row in enumerate(self.log_probs) if len(row) < 2), None)
+        if short is not None:
+            raise ValueError(f"Example {short} has one label only, so nothing is left without its last one.")
+        return TokenScores([row[:-1] for row in self.log_probs], [row[:-1] for row in self.greedy])
+
 
 def score(model: nn.Module, examples: Sequence[Example], batch_size: int = 32) -> TokenScores:
     """Ask a causal language model for the probabilities of labelled tokens.
@@ -102,7 +119,8 @@ def token_accuracy(scores: TokenScores) -> Tensor:
     """Share of tokens that are the most probable ones after the true beginning.
 
     Called exact memorization by Tirumala et al. (2022). It sees knowledge that greedy answers and thus ROUGE miss,
-    since one wrong token does not spoil what follows.
+    since one wrong token does not spoil what follows. The EOS after an answer is a label and counts; open-unlearning
+    leaves it out: give `scores.without_last()` for its number.
 
     Args:
         scores: of the answers.
@@ -118,7 +136,9 @@ def extraction_strength(scores: TokenScores) -> Tensor:
 
     1 - min{k : f(x, y_<k) = y_>=k} / |y| (Carlini et al., 2021, as Wang et al., 2025, use it for unlearning), where f
     continues greedily and k counts given tokens. All of an answer extracted from its prompt alone is 1; if even the
-    last token is wrong it is 0. (open-unlearning stops at k = |y| - 1 and so gives 1 / |y| at least.)
+    last token is wrong it is 0. The EOS after an answer is a label and counts, so knowing that an answer ends is part
+    of it; open-unlearning leaves it out: give `scores.without_last()`. (It also stops at k = |y| - 1 and so gives
+    1 / |y| at least.)
 
     Args:
         scores: of the answers.

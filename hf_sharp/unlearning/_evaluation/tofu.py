@@ -1,6 +1,6 @@
 """TOFU's metrics (Maini et al., 2024, section 2.2): truth ratio, model utility, forget quality, and all together.
 
-Paper and code differ in places; each function says which it computes and offers the other.
+Paper and code differ in places, and the code from itself; each function says which it computes and offers the other.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ NUMBERS = ("probability", "rouge", "truth_ratio")
 def truth_ratio(paraphrased: Tensor, perturbed: Sequence[Tensor], mean: str = "arithmetic") -> Tensor:
     """How probable wrong answers are against a right one that is worded like them (Maini et al., 2024, equation 1).
 
-    R = mean_i p(wrong_i | x)^(1/|wrong_i|) / p(right | x)^(1/|right|). The paper's mean is arithmetic, and so is that
-    of its code for the score of a set; for forget quality the code takes the geometric mean (and the inverse of R,
-    which changes nothing there), as open-unlearning does for both.
+    R = mean_i p(wrong_i | x)^(1/|wrong_i|) / p(right | x)^(1/|right|). The paper's mean is arithmetic. Its repository
+    has two: `utils.py` takes the arithmetic mean for the score of a set and the geometric one for forget quality;
+    `aggregate_eval_stat.py`, the script that the README runs for the table of results, the geometric one for both, as
+    open-unlearning does. (Both take the inverse of R for forget quality, which changes nothing there.)
 
     Args:
         paraphrased: `TokenScores.mean_nll` of the paraphrased right answers, shape [rows].
         perturbed: the same of each row's wrong answers, shapes [number of wrong answers].
-        mean: "arithmetic" or "geometric".
+        mean: "arithmetic" (the paper) or "geometric" (that script, and open-unlearning).
 
     Returns:
         R, one positive number a row: far below 1 if the model knows, about 1 if it does not.
@@ -127,7 +128,7 @@ def tofu_metrics(
             ``answer``, ``perturbed_answer`` (a list) and, except for authors and world, ``paraphrased_answer``: the
             files ``forget10_perturbed``, ``retain_perturbed``, ``real_authors_perturbed``, ``world_facts_perturbed``.
         retained: the second value that this function gives for a model trained without the rows to forget.
-        mean: of `truth_ratio`.
+        mean: of `truth_ratio`; "geometric" for numbers beside those of TOFU's script and of open-unlearning.
         max_new_tokens: of a greedy answer.
         batch_size: examples at once.
 

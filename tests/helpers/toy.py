@@ -1,12 +1,14 @@
 """The smallest host there can be: a model, its parameters, a mean loss; a second opinion beside the Trainer's."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch.func import functional_call
 
+from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.landscape import Landscape
+from hf_sharp._engine.rounding import grids_of
 
 
 class ToyHost(Host):
@@ -16,22 +18,46 @@ class ToyHost(Host):
         model: returns {"loss": ...}.
         frozen: names left out of the optimizer's groups.
         scale: the loss scale.
+        step: the number of optimizer steps made before.
     """
 
     total_steps, warmup_steps, lr, lr_max, seed = 10, 2, 0.05, 0.1, 7
-    rank, ranks, autocast, shifts_labels, sharded = 0, 1, None, False, False
+    rank, ranks, sharded, skips_overflows, autocast = 0, 1, False, False, None
 
-    def __init__(self, model, frozen=(), scale=1.0):
-        self.model, self.step = model, 0
+    def __init__(self, model, frozen=(), scale=1.0, step=0):
+        self.model, self.step, self.added = model, step, {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in frozen}
         self.loss_scale = torch.tensor(scale)
         self.micro_batches = 1
         self.calls = []
 
-    def backward(self, batch, only, hook=None):
+    def facts(self):
+        given = (
+            "step",
+            "total_steps",
+            "warmup_steps",
+            "lr",
+            "lr_max",
+            "loss_scale",
+            "seed",
+            "rank",
+            "ranks",
+            "sharded",
+        )
+        more = ("parameters", "skips_overflows", "added", "autocast")
+        return StepFacts(**{name: getattr(self, name) for name in given + more}, find_grids=self.grids)
+
+    def grids(self):
+        return grids_of(self.parameters, self.model.modules(), self.autocast)
+
+    def normaliser(self, batches):
+        return self.micro_batches if batches is None else len(batches)
+
+    def backward(self, batch, normaliser, only, hook=None):
         self.model.train()
+        self.batch = batch
         outputs = self.model(**batch)
-        loss = outputs["loss"] / self.micro_batches
+        loss = outputs["loss"] / normaliser
         term = None if hook is None else hook(outputs, batch)
         loss = loss if term is None else loss + term
         (loss * self.loss_scale).backward(inputs=only)
@@ -41,8 +67,8 @@ class ToyHost(Host):
     def forward(self, batch):
         return self.model.train()(**batch)
 
-    def again(self, batch, weights):
-        return functional_call(self.model.train(), weights, (), batch)
+    def recompute(self, weights):
+        return functional_call(self.model.train(), weights, (), self.batch)
 
     def momentum(self):
         return None
@@ -52,16 +78,7 @@ class ToyHost(Host):
         (self.model(**row)["loss"] * self.loss_scale).backward()
         self.calls.append("row")
 
-    @contextmanager
-    def window(self, batches):
-        before, self.micro_batches = self.micro_batches, len(batches)
-        yield
-        self.micro_batches = before
-
     def unsynced(self):
-        return nullcontext()
-
-    def records_kept(self):
         return nullcontext()
 
     def refuse_subsets(self, reason):
