@@ -9,6 +9,8 @@ import pytest
 from hf_sharp.__main__ import UNSAID, main, memory_of
 from hf_sharp._presets.config import METHODS, options_of
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[1]
 COSTS = (ROOT / "docs" / "methods" / "index.md").read_text(encoding="utf-8").split("## Costs")[1].split("\n## ")[0]
 

@@ -22,6 +22,8 @@ from hf_sharp import (
 )
 from hf_sharp._presets.config import METHODS, SCHEDULE_OPTIONS, options_of, read_method
 
+pytestmark = pytest.mark.fast
+
 
 def test_the_configs_fields_are_the_presets_keywords():
     keywords = {key for preset in METHODS.values() for key in inspect.signature(preset).parameters}
