@@ -3,6 +3,7 @@
 #
 #   make quickstart [ARGS="--method sam"]    make test [ARGS="-k sam"]    make lint    make format    make bench    make docs
 #   make test-fast: in about a minute one look at every method, the engine, the Trainer, the loop, the optimizer and the settings
+#   make generated: what follows from the presets' signatures and docstrings (exports, types, tables) is written anew
 #   make test-oldest: the Trainer's tests with the oldest versions supported, in an environment of their own
 #   make test-wheel: the same for the built wheel; make test-main: all tests with the main branches of the Hugging Face libraries
 #   make dist: source archive and wheel into dist/; make version: the version that they get
@@ -24,13 +25,13 @@ WHEEL_TESTS := $(addprefix tests/,test_trainer.py test_checkpoints.py test_old_c
 DIST ?= .venv-dist
 MAIN ?= .venv-main
 MAIN_BRANCHES := $(foreach name,transformers accelerate peft trl,"git+https://github.com/huggingface/$(name)")
-SOURCES := $(wildcard hf_sharp recipes benchmarks examples tests)
+SOURCES := $(wildcard hf_sharp recipes benchmarks examples tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-oldest test-wheel test-main lint format bench docs dist version release-check clean
+.PHONY: help setup quickstart test test-fast test-oldest test-wheel test-main generated lint format bench docs dist version release-check clean
 
 help:
-	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -89,6 +90,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
+
+generated: $(STAMP)
+	@$(BIN)/python tools/generate.py
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/step.py $(ARGS)

@@ -43,14 +43,14 @@ def trainer_like(model: torch.nn.Module) -> Any:
     return SimpleNamespace(model=model, optimizer=optimizer, _metrics=metrics, total_train_tokens=0, **settings)
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
+def timed(work: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure(model: torch.nn.Module, roots: dict[str, Any], rounds: int) -> tuple[float, float]:
@@ -61,12 +61,13 @@ def measure(model: torch.nn.Module, roots: dict[str, Any], rounds: int) -> tuple
         "labels": torch.zeros(8, dtype=torch.long, device=device),
     }
     state = ForwardState(roots, lambda: list(model.parameters()))
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time  # records run in this thread alone
     passes, records = [], []
     for turn in range(rounds + 2):
         held: list[Any] = []
-        before = timed(lambda held=held: held.append(state.record()), device)
+        before = timed(lambda held=held: held.append(state.record()), device, clock)
         both = timed(lambda: model(**batch).loss.backward(), device)
-        after = timed(lambda held=held: held.append(state.changes(held[0])), device)
+        after = timed(lambda held=held: held.append(state.changes(held[0])), device, clock)
         model.zero_grad()
         if held[1]:
             raise RuntimeError(f"something moved: {held[1]}")

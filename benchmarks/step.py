@@ -49,7 +49,7 @@ from transformers import (
 )
 
 from hf_sharp import SharpConfig, SharpTrainer
-from hf_sharp._presets.config import METHODS
+from hf_sharp._presets.names import METHODS
 from hf_sharp.recipes.report import LiveTensors
 
 FLOOR = "plain + bare pass"

@@ -5,6 +5,7 @@ from hf_sharp._adapters import BiLoRA as BiLoRA
 from hf_sharp._adapters import FlatLoRA as FlatLoRA
 from hf_sharp._engine.evaluation import Evaluation as Evaluation
 from hf_sharp._engine.evaluation import FirstPass as FirstPass
+from hf_sharp._engine.evaluation import Opening as Opening
 from hf_sharp._engine.landscape import Landscape as Landscape
 from hf_sharp._integrations.accelerate_loop import SharpStep as SharpStep
 from hf_sharp._integrations.any_trainer import __getattr__ as __getattr__
@@ -28,6 +29,7 @@ from hf_sharp._methods import CurvatureRegularization as CurvatureRegularization
 from hf_sharp._methods import Every as Every
 from hf_sharp._methods import FriendlySAM as FriendlySAM
 from hf_sharp._methods import GradientPenalty as GradientPenalty
+from hf_sharp._methods import LookbehindSAM as LookbehindSAM
 from hf_sharp._methods import LookSAM as LookSAM
 from hf_sharp._methods import Method as Method
 from hf_sharp._methods import Plain as Plain
@@ -64,6 +66,7 @@ from hf_sharp._presets import fsam as fsam
 from hf_sharp._presets import gam as gam
 from hf_sharp._presets import gradient_penalty as gradient_penalty
 from hf_sharp._presets import gsam as gsam
+from hf_sharp._presets import lookbehind_sam as lookbehind_sam
 from hf_sharp._presets import looksam as looksam
 from hf_sharp._presets import mesa as mesa
 from hf_sharp._presets import msam as msam
@@ -77,6 +80,7 @@ from hf_sharp._presets import tram as tram
 from hf_sharp._presets import vasso as vasso
 from hf_sharp._presets import wsam as wsam
 from hf_sharp._presets.config import SharpConfig as SharpConfig
+from hf_sharp._presets.names import preset as preset
 from hf_sharp._tensors.vector import ParamVector as ParamVector
 from hf_sharp.unlearning._objectives import DPO as DPO
 from hf_sharp.unlearning._objectives import IDK as IDK
@@ -131,6 +135,7 @@ __all__ = [
     "NoisyInputs",
     "NormLayers",
     "Objective",
+    "Opening",
     "ParamVector",
     "Perturbation",
     "Plain",

@@ -7,56 +7,29 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 import textwrap
 
-from hf_sharp._presets.config import METHODS, SCHEDULE_OPTIONS, options_of
+from hf_sharp._presets.fields import SCHEDULE_OPTIONS
+from hf_sharp._presets.names import METHODS, nearest, options_of
+from hf_sharp._presets.texts import about, defaults_of, memory_of
 
-WIDTH, UNSAID = 110, "not said"
+WIDTH = 110
 NOTE = (
     "Passes: forward and backward passes over the batch at each step; plain training makes 1. Memory: copies of the "
     "trainable parameters beyond plain training. One method in full: hf-sharp methods NAME"
 )
 
 
-def memory_of(name: str) -> str:
-    """What a method keeps in memory beyond plain training, from its preset's docstring.
-
-    Args:
-        name: a name in `config.METHODS`.
-
-    Returns:
-        The number of copies of the trainables, in words; `UNSAID` if the docstring does not end its Returns in
-        "; memory: ...", which a test finds.
-    """
-    text = " ".join((inspect.getdoc(METHODS[name]) or "").split())
-    found = re.search(r"; memory: ([^.;]*)", text)
-    return UNSAID if found is None else found[1]
-
-
-def about(name: str) -> str:
-    """What a method is and whose, the first line of its preset's docstring.
-
-    Args:
-        name: a name in `config.METHODS`.
-
-    Returns:
-        A sentence.
-    """
-    return (inspect.getdoc(METHODS[name]) or "").splitlines()[0]
-
-
-def defaults_of(name: str) -> str:
+def signature_of(name: str) -> str:
     """The options of a method with their defaults, as they are written in Python.
 
     Args:
-        name: a name in `config.METHODS`.
+        name: a name in `METHODS`.
 
     Returns:
         `rho=0.05, start=0.0`, for example.
     """
-    given = inspect.signature(METHODS[name]).parameters.values()
-    return ", ".join(f"{option.name}={option.default!r}" for option in given) or "no options"
+    return ", ".join(f"{option}={default!r}" for option, default in defaults_of(METHODS[name]).items()) or "no options"
 
 
 def table() -> str:
@@ -67,8 +40,8 @@ def table() -> str:
     """
     lines = [f"{'method':<26}{'passes':<8}memory", ""]
     for name in sorted(METHODS, key=lambda name: METHODS[name]().cost):
-        lines.append(f"{name:<26}{f'{METHODS[name]().cost:.3g}':<8}{memory_of(name)}")
-        for text in (about(name), defaults_of(name)):
+        lines.append(f"{name:<26}{f'{METHODS[name]().cost:.3g}':<8}{memory_of(METHODS[name])}")
+        for text in (about(METHODS[name]), signature_of(name)):
             lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
         lines.append("")
     return "\n".join([*lines, *textwrap.wrap(NOTE, WIDTH)])
@@ -78,7 +51,7 @@ def card(name: str) -> str:
     """One method in full: its preset's docstring, and its flags.
 
     Args:
-        name: a name in `config.METHODS`.
+        name: a name in `METHODS`.
 
     Returns:
         Text for a terminal.
@@ -86,7 +59,9 @@ def card(name: str) -> str:
     flags = " ".join(f"[--{option} ...]" for option in options_of(name))
     schedule = f"\n{' and '.join(SCHEDULE_OPTIONS)} make the radius vary." if "--rho " in flags else ""
     usage = textwrap.fill(f"--method {name} {flags}".strip(), WIDTH, subsequent_indent="    ")
-    return f"{name}({defaults_of(name)})\n\n{inspect.getdoc(METHODS[name])}\n\nOn the command line:\n{usage}{schedule}"
+    return (
+        f"{name}({signature_of(name)})\n\n{inspect.getdoc(METHODS[name])}\n\nOn the command line:\n{usage}{schedule}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     methods.add_argument("name", nargs="?", help="explain this one")
     name = parser.parse_args(arguments).name
     if name is not None and name not in METHODS:
-        parser.error(f"there is no method '{name}'; known: {', '.join(METHODS)}")
+        parser.error(f"there is no method '{name}'.{nearest(name, METHODS)} Known: {', '.join(METHODS)}")
     print(table() if name is None else card(name))
 
 

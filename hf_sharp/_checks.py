@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
+
+KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "None",
+}
 
 
 def is_number(value: Any) -> bool:
@@ -116,3 +124,39 @@ def check_radius(value: Any, name: str = "rho") -> float:
     if not is_number(value) or value < 0:
         raise ValueError(f"{name} is a radius, a number of at least 0 (papers use 0.005 to 2); got {value!r}.")
     return float(value)
+
+
+def is_of_kind(value: Any, kind: type) -> bool:
+    """Whether a value may stand where a type is asked for, as a reader of numbers would say.
+
+    Args:
+        value: anything.
+        kind: a type; `float` takes every real number, infinite ones too, and no number is a boolean.
+
+    Returns:
+        True if it may.
+    """
+    if kind in (int, float):
+        return not isinstance(value, bool) and isinstance(value, Integral if kind is int else Real)
+    return isinstance(value, kind)
+
+
+def check_kind(value: Any, name: str, kinds: Collection[type]) -> None:
+    """Check that a value is a number, a text and so on, before anything is said about its size.
+
+    Args:
+        value: the value.
+        name: what to call it in the error.
+        kinds: the types that will do.
+
+    Raises:
+        ValueError: if it is of none of them.
+    """
+    if any(is_of_kind(value, kind) for kind in kinds):
+        return
+    said = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds)
+    hint = ""
+    if isinstance(value, str) and str not in kinds:
+        yaml = ", and mind that YAML takes 1e-2 for text (it wants a point: 1.0e-2, or 0.01)" if float in kinds else ""
+        hint = f" That is text: leave out the quotation marks{yaml}."
+    raise ValueError(f"{name} is {said}; got {value!r}.{hint}")

@@ -121,7 +121,7 @@ def methods_of(args: Arguments, sharp: SharpConfig) -> dict[str, SharpConfig]:
     for label in dict.fromkeys([*args.compare, sharp.method]):
         name = label.removesuffix("_2x")
         own = {key: value for key, value in sharp.to_dict().items() if key in options_of(name)}
-        configs[label] = sharp if label == sharp.method else SharpConfig(method=name, **own)
+        configs[label] = sharp if label == sharp.method else SharpConfig.from_dict({**own, "method": name})
         configs[label].build()
     return configs
 

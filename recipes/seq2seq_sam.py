@@ -82,7 +82,7 @@ def parse() -> tuple[Arguments, dict[str, SharpConfig], Seq2SeqTrainingArguments
     configs = {}
     for label in dict.fromkeys([*args.compare, sharp.method]):
         own = {key: value for key, value in sharp.to_dict().items() if key in options_of(label)}
-        configs[label] = sharp if label == sharp.method else SharpConfig(method=label, **own)
+        configs[label] = sharp if label == sharp.method else SharpConfig.from_dict({**own, "method": label})
         configs[label].build()
     return args, configs, training
 
@@ -118,13 +118,13 @@ def main() -> None:
             tokenizer = domains.byte_tokenizer((text for row in data.train for text in row), max_length=512)
             make_model = partial(AutoModelForSeq2SeqLM.from_config, pairs.small_t5(tokenizer))
         beforehand.need("matplotlib")
-        beforehand.try_methods(configs, make_model, beforehand.bare(SharpSeq2SeqTrainer, training))
         if any(config.method == "saf" for config in configs.values()):
             raise ValueError("saf: a vocabulary's logits cannot be kept. Use mesa, which keeps none.")
         longest = (args.max_source_length, args.max_target_length)
         options = tokenizer, longest, args.source_prefix
         train = pairs.encode_pairs(data.train, *options, args.max_train_samples)
         test = pairs.encode_pairs(data.test, *options, args.max_eval_samples)
+        beforehand.try_methods(configs, make_model, beforehand.bare(SharpSeq2SeqTrainer, training))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"seq2seq_sam.py: {error}") from error
 

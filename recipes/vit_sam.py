@@ -188,10 +188,10 @@ def main() -> None:
             redraw_labels([], noise, len(task.classes), seed=0)
         model = pick(args, task)
         beforehand.need("sklearn", "matplotlib")
-        beforehand.try_methods(configs, model.make, beforehand.bare(SharpTrainer, training))
         collate = Batches(Augmentation(args.area, args.flip, args.jitter), model.mean, model.std)
         part = Images(task.test.take(args.corrupted_samples), model.size, model.channels)
         corrupted = corrupted_rows(part.pixels(), part.labels)
+        beforehand.try_methods(configs, model.make, beforehand.bare(SharpTrainer, training))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"vit_sam.py: {error}") from error
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from hf_sharp._presets.fields import Options, declare
+from hf_sharp._presets.names import METHODS
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are tiny; threads that wait for each other cost more than they bring
@@ -33,3 +36,14 @@ def same_start():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def same_names():
+    """Names that a test, or the code of a page, has given to methods of its own are gone afterwards."""
+    before = dict(METHODS)
+    yield
+    if before != METHODS:
+        METHODS.clear()
+        METHODS.update(before)
+        declare(Options, METHODS)

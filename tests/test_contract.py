@@ -299,10 +299,11 @@ def test_passes_are_what_the_cost_declares(name, accumulate, tmp_path):
 def test_what_moves_is_what_the_start_announces(name, tmp_path, monkeypatch):
     shifted, moved = Landscape.shifted, set()
 
-    def watched(landscape, epsilon):
+    def watched(landscape, shift):
+        epsilon = getattr(shift, "epsilon", shift)
         pairs = zip(landscape.facts.names, epsilon.tensors, strict=True)
         moved.update(n for n, e in pairs if e is not None and e.ne(0).any())
-        return shifted(landscape, epsilon)
+        return shifted(landscape, shift)
 
     monkeypatch.setattr(Landscape, "shifted", watched)
     trainer = train(SharpTrainer, tiny_mlp(), rows_for(name, mlp_rows(40)), tmp_path, method=METHODS[name].method())

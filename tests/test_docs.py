@@ -153,7 +153,8 @@ def test_the_site_builds_strictly_and_shows_every_name(tmp_path):
         texts = [plain(html.unescape(re.sub(r"<[^>]+>", "", piece))) for piece in pieces]
         shown = dict(zip(texts[1::2], texts[2::2], strict=True))
         for entry in entries:
-            summary = (inspect.getdoc(PUBLIC[entry.rpartition(".")[2]]) or "").split("\n\n")[0]
+            value = PUBLIC[entry.rpartition(".")[2]]
+            summary = (inspect.getdoc(value) or "").split("\n\n")[0] if callable(value) else ""  # a table has no words
             assert plain(summary) in shown[plain(entry)], entry
 
 

@@ -47,7 +47,7 @@ OUTSIDE = {
 # `torch` above does not mean this: distribution belongs in the engine and the integrations.
 FORBIDDEN = {room: {"torch.distributed"} for room in ("_perturbation", "_methods", "_adapters")}
 # Packages of programs that are told apart by a base of their own: a program imports the base and no other program.
-PROGRAMS = {"_methods": {"base", "ascent", "sometimes"}}
+PROGRAMS = {"_methods": {"base", "ascent", "sometimes", "every", "after", "preset"}}
 
 
 def room_of(module: str) -> str:
@@ -199,7 +199,7 @@ BROKEN = {
     "a relative import": ("_methods.sam", "from .base import Method"),
     "a relative import of a module": ("_perturbation.balls", "from . import vector"),
     "a package that is not listed": ("_tensors.vector", "import scipy.linalg"),
-    "a room that only begins alike": ("_presets.sharpness", "from hf_sharp._methods_extra import x"),
+    "a room that only begins alike": ("_presets.names", "from hf_sharp._methods_extra import x"),
     "a module without a room": ("newcomer", ""),
     "a package without a room": ("newcomers.one", ""),
 }
@@ -207,7 +207,7 @@ FINE = {
     "standard library": ("_perturbation.part", "import math\nfrom collections.abc import Collection, Iterator"),
     "below": ("_methods.sam", "import torch\nfrom hf_sharp._engine.landscape import Landscape"),
     "a module of the own room": ("_engine.landscape", "from hf_sharp._engine import rows"),
-    "the presets' methods": ("_presets.sharpness", "from hf_sharp._methods import SAM"),
+    "the presets' methods": ("_presets.combinations", "from hf_sharp._methods import SAM"),
     "a method's base": ("_methods.sam", "from hf_sharp._methods.base import Method"),
     "public names": ("", "from hf_sharp._integrations.trainer import SharpTrainer as SharpTrainer"),
     "a package's names": ("_methods", "from hf_sharp._methods.sam import SAM as SAM"),

@@ -10,6 +10,7 @@ needs nothing of this library, ends with the stored bits too.
 import importlib.util
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,10 @@ def largest_difference(trainer, made, name):
 
 def resume(made, name, checkpoint, folder):
     trainer = made.make_trainer(name, str(folder))
-    trainer.train(resume_from_checkpoint=str(checkpoint))
+    # FSAM's mask tells embeddings by module since then, which is said; here both rules give the same mask.
+    said = pytest.warns(UserWarning, match="embeddings='modules'") if name == "fsam" else nullcontext()
+    with said:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == made.LAST
     return trainer
 

@@ -145,10 +145,7 @@ WRONG = {
     "no seeds": (["--seeds", "0"], "--seeds is a number of seeds"),
     "noise is no share": (["--label_noise", "1.5"], "between 0 and 1"),
     "a method for adapters": (["--compare", "plain", "bi_lora"], "bi_lora: Bi-LoRA is for LoRA adapters"),
-    "another for adapters": (
-        ["--method", "bar", "--compare", "plain"],
-        "bar: BAR balances the two halves of LoRA adapters",
-    ),
+    "another for adapters": (["--method", "bar", "--compare", "plain"], "bar: BAR balances the two halves"),
     "a third for adapters": (
         ["--method", "flat_lora", "--compare", "plain"],
         "flat_lora: Flat-LoRA is for LoRA adapters",

@@ -1,10 +1,12 @@
 """A repeated pass begins where the first one began, and leaves everything as the first passes left it."""
 
+import contextlib
 import copy
 import functools
 import gc
 import pickle
 import random
+import sys
 import time
 import types
 import weakref
@@ -783,6 +785,56 @@ def test_a_put_back_that_is_interrupted_is_finished_by_another(monkeypatch):
             state.put_back()
         assert (model.a.item(), model.b.item(), model.x) == (2, 2, [0, 1, 1])
         assert not state.put_back()
+
+
+def interrupted_at(number):
+    """A rewound region of three passes, with Ctrl-C as the function of that number of the package is entered."""
+    norm, trainer = nn.BatchNorm1d(2), SimpleNamespace(n=0, log={"a": []}, g=torch.Generator().manual_seed(1))
+    model = nn.Sequential(norm, Holder([0]))
+    state, changes, entered = state_of(model, trainer=trainer), [], 0
+
+    def move(i):
+        norm(torch.full((3, 2), float(i)) + torch.arange(6.0).view(3, 2))
+        model[1].x.append(i)
+        trainer.n += 1
+        trainer.log["a"].append(torch.rand(1, generator=trainer.g).item())
+
+    def seen():
+        return repr((norm.running_mean, norm.num_batches_tracked, model[1].x, trainer.n, trainer.log))
+
+    def count(frame, event, _):
+        nonlocal entered
+        if event == "call" and "hf_sharp" in frame.f_code.co_filename:
+            entered += 1
+            if entered == number:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    for i in range(3):
+        before = state.record()
+        move(i)
+        changes.append(state.changes(before))
+    end, earlier = seen(), sys.getprofile()
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            sys.setprofile(count)
+            with state.kept():
+                for i in range(3):
+                    state.rewind(changes[i:])
+                    move(i)
+        finally:
+            sys.setprofile(earlier)
+    while state.put_back():
+        pass
+    assert seen() == end, number
+    return entered
+
+
+def test_an_interrupt_at_a_function_entry_leaves_nothing_moved():
+    entries = interrupted_at(0)
+    assert entries > 1000
+    for number in range(1, entries, 7):
+        interrupted_at(number)
 
 
 def test_nested_regions_go_back_one_by_one():

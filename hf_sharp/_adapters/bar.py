@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_sharp._engine.evaluation import Evaluation
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
+from hf_sharp._methods.preset import Rho, remembered, timed
 from hf_sharp._perturbation.schedules import Schedule, check_strength, strength_at
 from hf_sharp._tensors.shards import local, summed
 from hf_sharp._tensors.vector import alike, wide
@@ -119,3 +120,19 @@ def _stretch_(tensors: Sequence[Tensor | None], signs: Tensor, share: float) -> 
     for tensor, sign in zip(tensors, signs, strict=True):
         if tensor is not None:
             local(tensor).mul_(1 + sign.to(tensor.device, tensor.dtype) * share)
+
+
+@remembered
+def bar(mu: Rho = 0.5, kind: str = "n", interval: int = 1, start: float = 0.0) -> Method:
+    """BAR (Li et al., 2024): before each update the two halves of every adapter are balanced; no perturbation at all.
+
+    Args:
+        mu: strength, times the learning rate. The paper searches 0.2 to 2 (0.05 for QQP, 0.1 to 0.3 for GPT-2).
+        kind: "n" balances by the gradients (nBAR), "o" by the weights (oBAR).
+        interval: the method at every so many steps only, plain training between.
+        start: the share of training that is plain before.
+
+    Returns:
+        The method, of cost 1; memory: none.
+    """
+    return timed(BAR(mu, kind), interval, start)

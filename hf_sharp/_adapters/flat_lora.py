@@ -22,7 +22,8 @@ from hf_sharp._adapters.lora import LoraLinear, lora_linears, refuse_shards
 from hf_sharp._engine.evaluation import Evaluation, FirstPass
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
-from hf_sharp._perturbation.schedules import Schedule, check_strength, strength_at
+from hf_sharp._methods.preset import Rho, remembered, scheduled, timed
+from hf_sharp._perturbation.schedules import Cosine, Schedule, check_strength, strength_at
 from hf_sharp._tensors.vector import wide
 
 NAME = "Flat-LoRA"
@@ -146,3 +147,19 @@ def _refuse_quantised(linear: LoraLinear, weight: Tensor) -> None:
             f"{NAME} adds noise to the base weights, and those of '{linear.name}' ({kind}) are quantised. Load the "
             "model in 16 or 32 bits, or use bi_lora, which leaves the base weights alone."
         )
+
+
+@remembered
+def flat_lora(sigma: Rho = 0.05, interval: int = 1, start: float = 0.0) -> Method:
+    """Flat-LoRA (Li et al., 2025): the adapters' gradient under random noise on the base weights.
+
+    Args:
+        sigma: the last noise, reached from zero along half a cosine, in units of a row's root mean square; or a
+            schedule (`Constant(0.05)` for none). The authors' 0.05 for language models, 0.15 for CLIP.
+        interval: the method at every so many steps only, plain training between.
+        start: the share of training that is plain before.
+
+    Returns:
+        The method, of cost 1; memory: a copy of the adapted base weights.
+    """
+    return timed(FlatLoRA(scheduled(sigma, lambda last: Cosine(0.0, last))), interval, start)

@@ -1,22 +1,8 @@
 """The step engine: a `Landscape` answers what the loss and its gradient are, here or at a shifted point.
 
-The contract, which every method and every integration relies on:
-
-1. `evaluate()` is the loss and gradient over the whole accumulation window at the present weights, with the host's own
-   loss, scaling, autocast and reduction. The first evaluation of a step is made by the host's own micro-batch calls
-   (`first_pass`), so that its logs are the host's; it moves random streams and state on as one plain backward would.
-   Later evaluations begin each micro-batch with the streams and the state of its first pass, and leave both alone.
-   Afterwards every `p.grad` is None.
-2. `shifted(shift)` adds a perturbation to the weights, in place in their storage, and copies the old weights back at
-   the end: bitwise, also after an exception, an out-of-memory error or Ctrl-C.
-3. Nothing here waits for the device, and nothing branches on a number that only the device knows: inf and NaN flow
-   through the passes to the gradient handed over, where the host's scaler sees them. (With a scaler, which waits
-   itself, the stepper waits in steps that changed the method's state.)
-4. `hand_over(evaluation)` writes `p.grad` as if one ordinary backward had run: scaled as the host expects, None where
-   no gradient came.
-
-Within a step gradients are loss-scaled as the host's are. What is not homogeneous of degree one in the gradient, or is
-kept from step to step, divides by `facts.loss_scale`.
+Its promises are in docs/design.md, and tests/test_contract.py holds every method to them. Two are for who writes a
+method. Nothing here waits for the device: inf and NaN flow through to the gradient handed over. Gradients are
+loss-scaled within a step: what is not homogeneous of degree one in them, or is kept, divides by `facts.loss_scale`.
 """
 
 from __future__ import annotations
@@ -33,6 +19,7 @@ from hf_sharp._engine.evaluation import Evaluation, FirstPass, Hook, Names, Shif
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.mover import Mover
 from hf_sharp._engine.passes import Passes
+from hf_sharp._engine.ranks import Ranks
 from hf_sharp._engine.renamed import OF_LANDSCAPE, renamed
 from hf_sharp._engine.resources import Resources
 from hf_sharp._engine.tape import Tape
@@ -46,8 +33,8 @@ FORWARD = 1 / 3  # what a forward alone costs, in forward-backward passes
 class Landscape:
     """The loss around the present weights for one accumulation window.
 
-    It holds four parts: `facts` of the step, the `window` of micro-batches, and, for itself, one that makes passes and
-    one that moves weights.
+    It holds its parts and inherits none: `facts` of the step, the `window` of micro-batches, the `ranks`, and, for
+    itself, one that makes passes and one that moves weights.
 
     Args:
         host: the training loop.
@@ -59,6 +46,7 @@ class Landscape:
     Attributes:
         facts: what is known at this step without its data.
         window: the micro-batches.
+        ranks: the processes that train together.
         measuring: whether this step's metrics are wanted.
         losses: with named terms, what the host logged for each so far, without its weight.
     """
@@ -76,11 +64,12 @@ class Landscape:
         self.facts = host.facts()
         devices = {p.device for p in self.facts.parameters.values() if p.device.type != "cpu"}
         self._tape = Tape(self._resources, devices)
+        self.ranks = Ranks(host, self.facts.ranks)
         self._set_up(Window(host, self._tape, batches, size), measuring)
 
     def _set_up(self, window: Window, measuring: bool) -> None:
         self.window, self.measuring = window, measuring
-        self._passes = Passes(self._host, self.facts, window, self._resources.undo)
+        self._passes = Passes(self._host, self.facts, window, self.ranks, self._resources.undo)
         self._mover = Mover(self._host, self.facts, self._resources, measuring)
         self.losses: dict[str, Tensor] = {}
         self._terms: dict[str, Landscape] = {}
@@ -103,6 +92,7 @@ class Landscape:
             batches = [part_of(batch, term) for batch in self.window.batches]
             inner = Landscape.__new__(Landscape)
             inner._host, inner._resources, inner.facts = self._host, self._resources, self.facts
+            inner.ranks = self.ranks
             inner._tape = self._tape  # the first passes of all terms move the same streams and the same state
             inner._set_up(Window(self._host, self._tape, batches, self.window.size, apart=True), self.measuring)
             self._terms[term] = inner
@@ -137,28 +127,6 @@ class Landscape:
         """
         found = self._host.momentum()
         return None if found is None else ParamVector(found.get(name) for name in self.facts.names)
-
-    def mean_over_ranks(self, vector: ParamVector) -> ParamVector:
-        """The mean of a vector over all ranks.
-
-        Args:
-            vector: one that this rank has by itself, with tensors for the same parameters on every rank.
-
-        Returns:
-            The mean, equal on all ranks.
-        """
-        return self._passes.mean(vector)
-
-    def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks.
-
-        Args:
-            value: the same shape on every rank.
-
-        Returns:
-            The sum, equal on all ranks.
-        """
-        return value if self.facts.ranks == 1 else self._host.mean_over_ranks([value])[0] * self.facts.ranks
 
     # --- the loss and its gradient -----------------------------------------------------------------------------------
 
@@ -301,14 +269,7 @@ class Landscape:
         return self._mover.at(weights)
 
     def restored(self, weights: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-        """While open, these may be changed in place, frozen ones too; afterwards they are bitwise what they were.
-
-        Args:
-            weights: parameters of the model.
-
-        Returns:
-            The context.
-        """
+        """While open, parameters may be changed in place, frozen ones too; afterwards they are what they were."""
         return self._mover.restored(weights)
 
     # --- for the stepper ---------------------------------------------------------------------------------------------
@@ -326,12 +287,7 @@ class Landscape:
         return {**self._mover.metrics, **inner}
 
     def extend(self, batches: Sequence[Any], size: int | None = None) -> None:
-        """More micro-batches for the same optimizer step.
-
-        Args:
-            batches: the micro-batches, as far as they are known.
-            size: how many there will be; None for as many as are given.
-        """
+        """More micro-batches for the same optimizer step; see `Window.extend`."""
         self.window.extend(batches, size)
         for term, landscape in self._terms.items():
             landscape.extend([part_of(batch, term) for batch in batches], size)
@@ -367,15 +323,16 @@ class Landscape:
             plainly, first = self._passes.plainly, self._passes.first
             self._mover.begin(first.loss if plainly and first is not None else None)
 
+    def compare_repetition(self) -> None:
+        """Warn if a pass cannot be made again: where the first evaluation is plain, its beginning is repeated."""
+        for landscape in self._terms.values():
+            landscape.compare_repetition()
+        self._collect_first()
+        if self._passes.first is not None and self._passes.plainly and self.plan.reduce is None:
+            self._passes.compare_repetition()
+
     def hand_over(self, evaluation: Evaluation) -> ParamVector:
-        """Write the gradient where the host looks for it, as if one ordinary backward had left it there.
-
-        Args:
-            evaluation: what the method returned.
-
-        Returns:
-            The gradient that was written.
-        """
+        """Write a method's gradient where the host looks for it, as if one ordinary backward had left it there."""
         gradients.put(self.facts.parameters.values(), evaluation.grad.tensors)
         return evaluation.grad
 

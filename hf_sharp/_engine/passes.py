@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,9 +14,18 @@ from hf_sharp._engine import gradients
 from hf_sharp._engine.evaluation import Evaluation, FirstPass, Hook, Names
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
+from hf_sharp._engine.ranks import Ranks
 from hf_sharp._engine.undo import Undo
 from hf_sharp._engine.window import Pass, Window
 from hf_sharp._tensors.vector import ParamVector, total
+
+REPEATED = (
+    "A second pass over the first micro-batch, at the same weights, gave the loss {again!r} instead of {first!r}: the "
+    "passes of a step do not see one function, and what a method makes of their difference is partly noise. Likely "
+    "causes: random numbers that cannot be drawn again (torch.seed() in the forward, a stream of a C library), state "
+    "that hf_sharp cannot see (globals, objects of libraries), or kernels that are not deterministic "
+    "(torch.use_deterministic_algorithms). This is checked once a training; check_repeats=False leaves it out."
+)
 
 
 class Passes:
@@ -25,6 +35,7 @@ class Passes:
         host: the training loop.
         facts: of the step.
         window: the micro-batches.
+        ranks: the processes that train together.
         undo: what is out of its place.
 
     Attributes:
@@ -34,8 +45,8 @@ class Passes:
             counts as its share.
     """
 
-    def __init__(self, host: Host, facts: StepFacts, window: Window, undo: Undo) -> None:
-        self._host, self._facts, self._window, self._undo = host, facts, window, undo
+    def __init__(self, host: Host, facts: StepFacts, window: Window, ranks: Ranks, undo: Undo) -> None:
+        self._host, self._facts, self._window, self._ranks, self._undo = host, facts, window, ranks, undo
         self.plan = FirstPass()
         self.evaluations = 0.0
         self._first_losses: list[Tensor] = []
@@ -43,6 +54,7 @@ class Passes:
         self._first: Evaluation | None = None
         self.plainly = True
         self._lacking: set[str] = set()  # parameters that a backward towards a subset gave nothing
+        self._opening_loss: Tensor | None = None  # of the first micro-batch
         self._aside: list[Tensor | None] | None = None  # gradients kept out of the way of other terms'
 
     # --- the first evaluation ----------------------------------------------------------------------------------------
@@ -98,6 +110,7 @@ class Passes:
         if not self._first_losses:
             return False
         losses, self._first_losses = self._first_losses, []
+        self._opening_loss = losses[0]
         self._first = self._answer(losses, self._collect(self.plan.only))
         self._first.grad.is_gradient = self.plainly
         pairs = zip(self._facts.names, self._first.grad.tensors, strict=True)
@@ -131,6 +144,15 @@ class Passes:
         self.evaluations += 1
         return first
 
+    def compare_repetition(self) -> None:
+        """Pass over the first micro-batch once more, and warn if its loss is another one; waits for the device."""
+        sharded, ranks = self._facts.sharded, self._facts.ranks
+        (again,) = self._window.repeat(self._window.whole()[:1], None, None, ranks > 1, sharded)
+        self.clear()
+        first = self._opening_loss
+        if first is not None and not torch.equal(first, again) and bool(first.isfinite()):
+            warnings.warn(REPEATED.format(first=float(first), again=float(again)), stacklevel=2)
+
     # --- evaluations made again --------------------------------------------------------------------------------------
 
     def repeat(self, passes: Sequence[Pass], share: float, asked: FirstPass) -> Evaluation:
@@ -152,7 +174,7 @@ class Passes:
         self.evaluations += share
         grad = self._collect(asked.only)
         if apart and asked.synced and not sharded:
-            grad = self.mean(grad)
+            grad = self._ranks.mean(grad)
         if asked.only is None and self._lacking:
             self._look_for_lost(grad)
         return self._answer(losses, grad)
@@ -178,13 +200,6 @@ class Passes:
         with self._undo.region(put_back):
             self._host.model.eval()
             yield
-
-    def mean(self, vector: ParamVector) -> ParamVector:
-        """See `Landscape.mean_over_ranks`."""
-        if self._facts.ranks == 1:
-            return vector
-        means = iter(self._host.mean_over_ranks(vector.present()))
-        return vector.map(lambda _: next(means))
 
     def hook(self, add: Hook | None, reduce: Hook | None) -> Hook | None:
         """What the host is to call with the outputs.

@@ -10,7 +10,8 @@ FACTS += ("shifts_labels", "sharded", "named", "vector", "cast", "random")
 OF_LANDSCAPE = {name: f"facts.{name}" for name in FACTS} | {
     "look": "outputs_at",
     "opening": "plan",
-    "over_ranks": "sum_over_ranks",
+    "over_ranks": "ranks.sum",
+    "mean_over_ranks": "ranks.mean",
     "batches": "window.batches",
     "sample_index": "window.sample_index",
     "row_count": "window.row_count",

@@ -136,6 +136,7 @@ class SharpStep:
         seed: of what methods draw.
         measure_every: measure `metrics` at steps that this divides; 0 for never.
         rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" or "nearest".
+        check_repeats: whether the first step makes one pass more, to warn if a pass cannot be repeated.
 
     Attributes:
         metrics: what the last measured step measured (`sharp_gap` and others), 0-dim tensors or numbers by name.
@@ -163,6 +164,7 @@ class SharpStep:
         seed: int = 42,
         measure_every: int = 0,
         rounding: str = "stochastic",
+        check_repeats: bool = True,
     ) -> None:
         if not isinstance(method, Method):
             raise ValueError(
@@ -186,7 +188,7 @@ class SharpStep:
         self.method, self.metrics, self._every = method, {}, measure_every
         self._host = LoopHost(model, optimizer, accelerator, loss_fn)
         self._host.seed, self._host.total_steps, self._host.warmup_steps = seed, total_steps, warmup_steps
-        self._stepper = Stepper(method, self._host, rounding)
+        self._stepper = Stepper(method, self._host, rounding, check_repeats)
         landscape = Landscape(self._host)
         if not landscape.facts.names:
             raise ValueError(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from hf_sharp._methods.base import Method
+from hf_sharp._methods.sum import Sum
 from hf_sharp._presets.config import SharpConfig, read_method
 
 PREFIX = "sharp_"
@@ -44,6 +49,7 @@ def settings_apart(trainer: Any, trial: Any) -> Iterator[tuple[Any, dict[str, An
     """
     listed, space = isinstance(trial, Mapping), trainer.hp_space
     own, rest = divide(trial if listed else space(trial))
+    check_names(rest, trainer)
     trainer.hp_space = lambda _: rest
     try:
         yield (rest if listed else trial), own
@@ -67,14 +73,51 @@ def searched(given: Given, found: Mapping[str, Any]) -> Given:
     if not found:
         return given
     method, config = given
-    if config is None and "method" not in found:
-        names = ", ".join(PREFIX + name for name in found)
+    names = ", ".join(PREFIX + name for name in found)
+    if config is None and ("method" not in found or isinstance(method, Sum)):
         raise ValueError(
             f"The search sets {names}, but the Trainer was given method={method!r}, which has no settings to replace. "
-            'Name the method, as in SharpTrainer(..., method="sam") or method={"method": "sam", "start": 0.5}, or '
-            "search sharp_method too."
+            'Give it a method by name or by a preset, as in SharpTrainer(..., method="sam") or method=sam(start=0.5), '
+            "or search sharp_method too."
         )
+    unknown = [name for name in found if name not in {field.name for field in fields(SharpConfig)}]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [field.name for field in fields(SharpConfig)], n=1)
+        hint = f" Did you mean '{PREFIX}{close[0]}'?" if close else ""
+        raise ValueError(f"The search sets {PREFIX}{unknown[0]}, and no method has an option {unknown[0]}.{hint}")
     kept = {} if config is None else config.to_dict()
     if "method" in found and found["method"] != kept.get("method"):
         kept = {}
-    return read_method({**kept, **found})
+    try:
+        return read_method({**kept, **found})
+    except ValueError as error:
+        raise ValueError(f"The search sets {names}. {error}") from error
+
+
+def check_names(rest: Mapping[str, Any], trainer: Any) -> None:
+    """Refuse names that look like a method's settings and would set nothing, since they lack the prefix.
+
+    A name that neither is one nor is among the Trainer's arguments is left to the Trainer, which warns, where
+    `model_init` takes the trial and may read it there.
+
+    Args:
+        rest: a trial's values without those whose names begin with `sharp_`.
+        trainer: the Trainer.
+
+    Raises:
+        ValueError: with the right spelling.
+    """
+    options = {field.name for field in fields(SharpConfig)}
+    right = {**{PREFIX + name: PREFIX + name for name in options}, **{name: PREFIX + name for name in options}}
+    read_by_model = trainer.model_init is not None and bool(inspect.signature(trainer.model_init).parameters)
+    for name in rest:
+        if hasattr(trainer.args, name):
+            continue
+        bare = re.sub(r"^(sharp|method)\W*", "", name)
+        if name in options or bare != name or not read_by_model:
+            close = difflib.get_close_matches(bare, [*right, *vars(trainer.args)], n=1)
+            hint = f" Did you mean '{right.get(close[0], close[0])}'?" if close else ""
+            raise ValueError(
+                f"The search sets '{name}', which is no argument of the Trainer, so it would change nothing.{hint} A "
+                f"method's settings are searched as {PREFIX} + their name: {PREFIX}rho, {PREFIX}method."
+            )

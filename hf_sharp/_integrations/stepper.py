@@ -30,6 +30,7 @@ class Stepper:
         method: the rule for getting a gradient.
         host: the training loop.
         rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" or "nearest".
+        check_repeats: whether the first step of a method of several passes makes sure that a pass can be repeated.
 
     Attributes:
         metrics: what was measured since they were last taken, 0-dim tensors by name: of each the last, and as
@@ -37,16 +38,17 @@ class Stepper:
         losses: with named terms, what the host logged for each in the last finished step, without its weight.
     """
 
-    def __init__(self, method: Method, host: Host, rounding: str = "stochastic") -> None:
+    def __init__(self, method: Method, host: Host, rounding: str = "stochastic", check_repeats: bool = False) -> None:
         self.method = method
         self.host = host
         self.metrics: dict[str, Tensor | float] = {}
         self.losses: dict[str, Tensor] = {}
         self._resources = Resources(host, rounding)
+        self._check = check_repeats and method.cost > 1
         self._measured = 0
         self._batches: list[Any] = []
         self._size: int | None = None
-        self._given = 0  # how many of the announced micro-batches
+        self._given = self._announced = 0  # how many micro-batches of how many
         self._finished = False  # whether the announced window was
         self._landscape: Landscape | None = None
         self._before: dict[str, State] = {}
@@ -69,6 +71,7 @@ class Stepper:
         if self._landscape is not None:
             self._landscape.extend(batches, size)
         self._batches, self._size, self._given, self._finished = list(batches), size, 0, False
+        self._announced = len(self._batches)
 
     @property
     def open(self) -> bool:
@@ -120,7 +123,7 @@ class Stepper:
             RuntimeError: if a window was announced, and has had all its micro-batches.
         """
         if self._landscape is not None or self._finished:
-            raise RuntimeError(TWICE.format(given=self._given + 1, announced=len(self._batches)))
+            raise RuntimeError(TWICE.format(given=self._given + 1, announced=self._announced))
         outside = self._outside()
         earlier = [p.grad for p in outside]
         gradients.clear(outside)
@@ -171,9 +174,12 @@ class Stepper:
         self._earlier = None
         if self.host.accumulates and any(p.grad is not None for p in landscape.facts.parameters.values()):
             earlier = gradients.collect(landscape.facts, None, copied=not self.host.keeps_gradients)
-            self._earlier = earlier if landscape.facts.sharded else landscape.mean_over_ranks(earlier)
+            self._earlier = earlier if landscape.facts.sharded else landscape.ranks.mean(earlier)
 
     def _finish(self, landscape: Landscape) -> None:
+        if self._check:
+            self._check = False
+            landscape.compare_repetition()
         evaluation = checked(self.method.gradient(landscape), self.method)
         if self._earlier is not None:
             evaluation = evaluation.with_grad(evaluation.grad.add(self._earlier))

@@ -22,6 +22,7 @@ from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.rows import SAMPLE_INDEX
 from hf_sharp._engine.terms import like, term_of
 from hf_sharp._integrations.attachment import Attachment
+from hf_sharp._integrations.record import card_section, columns_of, differences, record_of, tell_trackers
 from hf_sharp._integrations.refusals import refuse
 from hf_sharp._integrations.search import searched, settings_apart
 from hf_sharp._integrations.stepper import Stepper
@@ -47,8 +48,15 @@ class SharpMixin:
     Its arguments are those of `SharpTrainer`.
     """
 
-    def __init__(self, *args: Any, method: MethodLike = None, rounding: str = "stochastic", **kwargs: Any) -> None:
-        self._sharp_rounding = rounding
+    def __init__(
+        self,
+        *args: Any,
+        method: MethodLike = None,
+        rounding: str = "stochastic",
+        check_repeats: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self._sharp_rounding, self._sharp_check = rounding, check_repeats
         self._sharp_given = self.method, self.sharp_config = read_method(method)
         self._sharp_stepper: Stepper | None = None
         self._sharp_announced = self._sharp_warned = False
@@ -58,7 +66,7 @@ class SharpMixin:
         self._sharp_host.added = self._sharp_attachment.parameters
         if self.method is not None:
             refuse(self, self.method)  # pyright: ignore
-            self._sharp_stepper = Stepper(self.method, self._sharp_host, rounding)
+            self._sharp_stepper = Stepper(self.method, self._sharp_host, rounding, check_repeats)
             if self.model is not None:  # pyright: ignore
                 self._check_method()
 
@@ -66,7 +74,6 @@ class SharpMixin:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The Trainer's, remembering the window."""
-        self._undescribe_arguments()
         batches, items = super().get_batch_samples(*args, **kwargs)  # pyright: ignore
         if self._sharp_stepper is not None:
             self._sharp_stepper.begin_window(batches)
@@ -153,7 +160,7 @@ class SharpMixin:
         if self.method is None:
             return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
         self.method.reset()
-        self._sharp_stepper = Stepper(self.method, self._sharp_host, self._sharp_rounding)
+        self._sharp_stepper = Stepper(self.method, self._sharp_host, self._sharp_rounding, self._sharp_check)
         self._sharp_host.flops, self._sharp_warned = 0.0, False
         self._check_method()
         if not self._sharp_announced and self.is_world_process_zero():  # pyright: ignore
@@ -163,7 +170,6 @@ class SharpMixin:
         try:
             return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
         finally:
-            self._undescribe_arguments()
             self._sharp_attachment.detach()
             self._sharp_stepper.end()
 
@@ -209,16 +215,12 @@ class SharpMixin:
             f"at {self.method.cost:g} passes a step."
         )
 
-    def _describe_arguments(self) -> None:
-        """Trackers log `args.to_dict()` when training begins: until the first window it says the method too."""
-        arguments, method = self.args, repr(self.method)  # pyright: ignore
-        original = arguments.to_dict
-        settings = {} if self.sharp_config is None else self.sharp_config.to_dict()
-        extra = {f"sharp_{key}": value for key, value in settings.items()} | {"sharp_method": method}
-        arguments.to_dict = lambda: {**original(), **extra}
+    def _columns(self) -> dict[str, Any]:
+        """What trackers and the model card are told of the method, by name."""
+        return columns_of(self.method)
 
-    def _undescribe_arguments(self) -> None:
-        vars(self.args).pop("to_dict", None)  # pyright: ignore
+    def _describe_arguments(self) -> None:
+        tell_trackers(self.callback_handler, self._columns())  # pyright: ignore
 
     # --- logs --------------------------------------------------------------------------------------------------------
 
@@ -252,8 +254,7 @@ class SharpMixin:
     # --- what is written and read ------------------------------------------------------------------------------------
 
     def _record(self) -> dict[str, Any]:
-        settings = None if self.sharp_config is None else self.sharp_config.to_dict()
-        return {"repr": repr(self.method), "settings": settings, "rounding": self._sharp_rounding}
+        return record_of(self.method, self._sharp_rounding)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # pyright: ignore
@@ -281,12 +282,9 @@ class SharpMixin:
         state = _read_state(path, place) if path.is_file() else {}
         self._sharp_attachment.check(state)
         super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
-        here = {"repr": repr(self.method), "rounding": self._sharp_rounding}
-        saved = {**here, "repr": "None", **(read_record(config) if config.is_file() else {})}
-        for key, what in (("repr", ""), ("rounding", "rounding=")):
-            if saved[key] != here[key]:
-                said = f"The checkpoint was trained with {what}{saved[key]}, and goes on with {what}{here[key]}."
-                warnings.warn(said, stacklevel=2)
+        saved = read_record(config) if config.is_file() else {}
+        for said in differences(saved, self.method, self._sharp_rounding):
+            warnings.warn(said, stacklevel=2)
         if self.method is not None and path.is_file():
             self.method.load_state_dict(self._sharp_attachment.load_state_dict(state))
             if self._sharp_host.sharded:
@@ -307,7 +305,7 @@ class SharpMixin:
         card = ModelCard.load(path, ignore_metadata_errors=True)
         tags = card.data.to_dict().get("tags") or []
         card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "sharpness-aware"})
-        card.text += f"\n\n### Sharpness-aware training\n\n`{self.method!r}`, {self.method.cost:g} passes a step.\n"
+        card.text += card_section(self.method, self._columns())
         card.save(path)
 
 
@@ -322,13 +320,14 @@ def _read_state(path: Path, device: str) -> dict[str, Any]:
 
 
 class SharpTrainer(SharpMixin, Trainer):
-    """`transformers.Trainer` with one more argument, `method`, and a rarer one, `rounding`.
+    """`transformers.Trainer` with one more argument, `method`, and two rarer ones.
 
     Args:
         *args: the Trainer's.
         method: a `Method`, a `SharpConfig`, a dict of its settings, a preset's name, or None for the Trainer as it is.
         rounding: how shifts are added where a forward sees 16-bit weights: "stochastic" (right on average, with noise)
             or "nearest" (most of a small shift is lost).
+        check_repeats: whether the first step makes one pass more, to warn if a pass cannot be repeated.
         **kwargs: the Trainer's.
 
     Example:

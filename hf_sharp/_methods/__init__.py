@@ -9,6 +9,7 @@ from hf_sharp._methods.friendly import FriendlySAM as FriendlySAM
 from hf_sharp._methods.gam import GAM as GAM
 from hf_sharp._methods.gradient_penalty import GradientPenalty as GradientPenalty
 from hf_sharp._methods.gsam import GSAM as GSAM
+from hf_sharp._methods.lookbehind import LookbehindSAM as LookbehindSAM
 from hf_sharp._methods.looksam import LookSAM as LookSAM
 from hf_sharp._methods.mesa import MESA as MESA
 from hf_sharp._methods.msam import MSAM as MSAM

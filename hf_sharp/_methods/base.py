@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class Method(Part):
     """
 
     ahead = False  # whether its first evaluation is not the plain gradient at the present weights
+    _call: ClassVar[dict[str, Any] | None] = None  # the preset's call that made it (`preset.py`), no part of equality
 
     @property
     @abstractmethod

@@ -14,6 +14,7 @@ from hf_sharp._checks import check_at_least_zero, check_positive
 from hf_sharp._engine.evaluation import Evaluation
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
+from hf_sharp._methods.preset import remembered, timed
 from hf_sharp._perturbation.perturbation import Perturbation
 
 
@@ -53,3 +54,19 @@ class GradientPenalty(Method):
         with landscape.shifted(Perturbation(self.r)(here.grad, landscape)):
             there = landscape.evaluate()
         return here.with_grad(here.donate().scale_(1 - share).add_(there.donate(), share))
+
+
+@remembered
+def gradient_penalty(lam: float = 0.04, r: float = 0.05, interval: int = 1, start: float = 0.0) -> Method:
+    """Gradient-norm penalty (Zhao et al., 2022): the loss plus lam times its gradient's norm, by a difference.
+
+    Args:
+        lam: weight of the penalty; lam = r is SAM of radius r.
+        r: length of the difference.
+        interval: the method at every so many steps only, plain training between.
+        start: the share of training that is plain before.
+
+    Returns:
+        The method, of cost 2; memory: 2 copies.
+    """
+    return timed(GradientPenalty(lam, r), interval, start)

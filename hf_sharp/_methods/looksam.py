@@ -14,6 +14,7 @@ from hf_sharp._checks import check_at_least_zero, check_count
 from hf_sharp._engine.evaluation import Evaluation
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method, check_perturbation
+from hf_sharp._methods.preset import Rho, remembered, timed
 from hf_sharp._perturbation.perturbation import Perturbation
 from hf_sharp._tensors.vector import TINY
 
@@ -68,3 +69,20 @@ class LookSAM(Method):
             del self._state["orthogonal"]  # the next step draws another; until then its memory is free
         length = here.grad.norm()
         return here.with_grad(here.donate().add_(landscape.facts.vector(orthogonal), self.alpha * length))
+
+
+@remembered
+def looksam(rho: Rho = 0.05, every: int = 5, alpha: float = 0.7, interval: int = 1, start: float = 0.0) -> Method:
+    """LookSAM (Liu et al., 2022): SAM every few steps, what it adds to the gradient reused between.
+
+    Args:
+        rho: the radius.
+        every: SAM at steps that this divides; the paper's 5.
+        alpha: weight of the reused part; the paper's 0.7 (another group found 0.1 best).
+        interval: the method at every so many steps only, plain training between.
+        start: the share of training that is plain before.
+
+    Returns:
+        The method, of cost 1 + 1/every; memory: 2 copies at SAM steps, 1 between.
+    """
+    return timed(LookSAM(Perturbation(rho), every, alpha), interval, start)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hf_sharp._engine.evaluation import Evaluation, FirstPass
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method, check_perturbation
+from hf_sharp._methods.preset import Rho, remembered, timed
 from hf_sharp._perturbation.perturbation import Perturbation
 
 
@@ -52,3 +53,18 @@ class PreviousGradientSAM(Method):
         there = landscape.evaluate()
         self._state["previous"] = landscape.facts.named(there.grad.scale(1 / landscape.facts.loss_scale))
         return there
+
+
+@remembered
+def previous_gradient_sam(rho: Rho = 0.05, interval: int = 1, start: float = 0.0) -> Method:
+    """SAM along the last step's gradient (S2-SAM, 2024; AsyncSAM, 2025; DP-SAT, 2023): no second pass.
+
+    Args:
+        rho: the radius.
+        interval: the method at every so many steps only, plain training between.
+        start: the share of training that is plain before.
+
+    Returns:
+        The method, of cost 1; memory: 2 copies.
+    """
+    return timed(PreviousGradientSAM(Perturbation(rho)), interval, start)

@@ -19,6 +19,7 @@ from hf_sharp._checks import check_at_least_zero, check_count, check_positive
 from hf_sharp._engine.evaluation import Evaluation, FirstPass
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
+from hf_sharp._methods.preset import remembered, timed
 from hf_sharp._tensors.divergences import kl_sum, logits_of, window_positions
 
 BLOCK = 256  # rows kept in one tensor: a step replaces the blocks it touches, so that it can be undone
@@ -109,3 +110,22 @@ class SAF(Method):
             visits[block][place] += 1
         self._state.update(logits=kept, visits=visits)
         return then, known
+
+
+@remembered
+def saf(lam: float = 0.3, lag: int = 3, temperature: float = 5.0, interval: int = 1, start: float = 0.0) -> Method:
+    """SAF (Du et al., 2022): the loss plus a divergence from each sample's own outputs some visits ago.
+
+    Needs a column `sample_index` in the training data, and more epochs than `lag`.
+
+    Args:
+        lam: weight of the divergence; the paper's 0.3.
+        lag: how many visits ago; the paper's 2 to 3.
+        temperature: divides the logits; the paper's 5.
+        interval: the method at every so many steps only, plain training between.
+        start: the share of training that is plain before; the paper starts after 5 of its many epochs.
+
+    Returns:
+        The method, of cost 1; memory: 0 copies, and the stored logits.
+    """
+    return timed(SAF(lam, lag, temperature), interval, start)

@@ -76,7 +76,7 @@ class TRAM(Method):
     def gradient(self, landscape: Landscape) -> Evaluation:
         """The gradient at w + e."""
         here = landscape.evaluate()
-        divergence, count = landscape.sum_over_ranks(here.reduced)
+        divergence, count = landscape.ranks.sum(here.reduced)
         radius = (self.scale * divergence / count.clamp_min(1)).clamp(0, self.max_radius)
         with landscape.shifted(Perturbation(1.0, self.ball)(here.donate(), landscape, radius)):
             there = landscape.evaluate()

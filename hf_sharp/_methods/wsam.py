@@ -15,6 +15,7 @@ from hf_sharp._checks import check_share
 from hf_sharp._engine.evaluation import Evaluation
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method, check_perturbation
+from hf_sharp._methods.preset import Rho, remembered, timed
 from hf_sharp._perturbation.perturbation import Perturbation
 
 
@@ -50,3 +51,19 @@ class WSAM(Method):
             there = landscape.evaluate()
         difference = here.donate().scale_(-1.0).add_(there.grad)
         return here.with_grad(there.donate().add_(difference, self.gamma / (1 - self.gamma) - 1))
+
+
+@remembered
+def wsam(rho: Rho = 0.05, gamma: float = 0.9, interval: int = 1, start: float = 0.0) -> Method:
+    """WSAM (Yue et al., 2023), coupled form: sharpness as a regulariser with a weight of its own.
+
+    Args:
+        rho: the radius; the authors' code has 0.05.
+        gamma: weight of the sharpness in [0, 1); 0.5 gives SAM.
+        interval: the method at every so many steps only, plain training between.
+        start: the share of training that is plain before.
+
+    Returns:
+        The method, of cost 2; memory: 2 copies.
+    """
+    return timed(WSAM(Perturbation(rho), gamma), interval, start)

@@ -201,7 +201,7 @@ class FisherMask(_Refreshed):
                     square = wide(g / landscape.facts.loss_scale.to(g.device)).square()
                     old = squares[index]
                     squares[index] = square if old is None else old.add_(square)
-        return landscape.mean_over_ranks(ParamVector(squares))
+        return landscape.ranks.mean(ParamVector(squares))
 
 
 def largest(scores: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:

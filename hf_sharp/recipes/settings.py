@@ -1,3 +1,3 @@
 """Which options a method takes, for recipes that hand the command line on."""
 
-from hf_sharp._presets.config import options_of as options_of
+from hf_sharp._presets.names import options_of as options_of

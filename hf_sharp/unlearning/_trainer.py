@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from hf_sharp._engine.terms import part_of, term_of
 from hf_sharp._integrations.labels import shifts_labels
+from hf_sharp._integrations.record import record_of
 from hf_sharp._integrations.trainer import SharpTrainer
-from hf_sharp._methods import Method, Plain, Sum
-from hf_sharp._presets.config import MethodLike, read_method, read_record
+from hf_sharp._methods import Sum
+from hf_sharp._presets.config import MethodLike, read_record
 from hf_sharp._tensors.vector import ParamVector
 from hf_sharp.unlearning._data import EpochCallback
-from hf_sharp.unlearning._objectives.base import Objective
 from hf_sharp.unlearning._objectives.models import Models
 from hf_sharp.unlearning._objectives.names import ObjectiveLike, read_objective
 from hf_sharp.unlearning._reference import fingerprint, place, reference_for
+from hf_sharp.unlearning._smoothing import objective_record, smoothing_of, sum_of, unlearning_columns
 
-FORGET = "forget"
 RECORD_NAME = "unlearn_config.json"
 
 
@@ -279,6 +279,15 @@ class UnlearnTrainer(SharpTrainer):
         reference = "this model with its adapter switched off" if self._adapter_off else kept
         return f"hf_sharp: {self.objective!r}, reference: {reference}.\n{super().describe_method()}"
 
+    def _columns(self) -> dict[str, Any]:
+        assert isinstance(self.method, Sum)
+        return unlearning_columns(self.method, self.objective)
+
+    def _record(self) -> dict[str, Any]:
+        assert isinstance(self.method, Sum)
+        smoothing = record_of(smoothing_of(self.method), self._sharp_rounding)
+        return {**smoothing, "repr": repr(self.method), "objective": objective_record(self.objective)}
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -291,7 +300,11 @@ class UnlearnTrainer(SharpTrainer):
         path = None if checkpoint is None else Path(checkpoint) / RECORD_NAME
         if path is None or not path.is_file():
             return
-        saved = read_record(path).get("reference")
+        record = read_record(path)
+        trained, here = record.get("objective", repr(self.objective)), repr(self.objective)
+        if trained != here:
+            warnings.warn(f"The checkpoint was trained with {trained}, and goes on with {here}.", stacklevel=2)
+        saved = record.get("reference")
         differs = [saved is not None and self._mark is not None and saved != self._mark]
         broadcast_object_list(differs)  # where the first rank alone loads the weights, it alone knows
         if differs[0]:
@@ -299,33 +312,3 @@ class UnlearnTrainer(SharpTrainer):
                 f"The reference model is not the one that {checkpoint} was trained against. Build the trainer from "
                 "the model as it was before unlearning; train(resume_from_checkpoint=...) loads the later weights."
             )
-
-
-def sum_of(method: MethodLike, objective: Objective) -> Sum:
-    """The method of each term.
-
-    Args:
-        method: what the trainer was given.
-        objective: the objective.
-
-    Returns:
-        A `Sum` over the objective's terms.
-
-    Raises:
-        ValueError: if a given `Sum` has other terms, or contradicts the objective's weights.
-    """
-    weights = objective.weights
-    if not isinstance(method, Sum):
-        smoothing = Plain() if method is None else read_method(method)[0]
-        assert smoothing is not None
-        methods: dict[str, Method] = {name: smoothing if name == FORGET else Plain() for name in weights}
-        return Sum(weights, **methods)
-    if set(method.methods) != set(weights):
-        given = ", ".join(method.methods)
-        raise ValueError(f"{objective!r} has the terms {', '.join(weights)}, and the method is a Sum of {given}.")
-    if any(not math.isclose(weight, method.weights[name]) for name, weight in weights.items() if weight != 1):
-        raise ValueError(
-            f"The objective weighs its terms by {weights} and the Sum by {method.weights}. A Sum brings its own, 1 "
-            f"where it says none: give it weights={weights}."
-        )
-    return method

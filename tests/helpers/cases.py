@@ -28,6 +28,7 @@ from hf_sharp import (
     gam,
     gradient_penalty,
     gsam,
+    lookbehind_sam,
     looksam,
     mesa,
     msam,
@@ -121,6 +122,7 @@ METHODS = {
     ),
     "vasso": row(lambda rho: vasso(rho, theta=0.6), family.vasso, 0.05, theta=0.6),
     "wsam": row(lambda rho: wsam(rho, gamma=0.8), family.wsam, 0.05, gamma=0.8),
+    "lookbehind_sam": row(lambda rho: lookbehind_sam(rho, steps=3), family.lookbehind_sam, 0.05, k=3),
     "gam": row(lambda rho: gam(rho, r=0.02, alpha=0.3), family.gam, 0.1, r=0.02, alpha=0.3),
     "tram_previous": Case(
         lambda strength=1.0: tram("previous", scale=50.0 * strength),

@@ -171,6 +171,22 @@ def randomized_smoothing(
     return total / samples
 
 
+def lookbehind_sam(
+    grad_fn: GradFn, w: Tensor, layout: Layout, state: dict, step: int, *, rho: float, k: int
+) -> Tensor:
+    """Mordido et al. 2024: k ascent steps, each along the gradient before it; fast weights descend every gradient.
+
+    The slow weights go the share 1/k of the way, with inner learning rate 1: the change of w is what is descended.
+    """
+    climbed, fast, g = w, w, grad_fn(w)
+    for _ in range(k):
+        climbed = climbed + rho * unit(g)
+        state.setdefault("e", climbed - w)
+        g = grad_fn(climbed)
+        fast = fast - g
+    return -(fast - w) / k
+
+
 # ---- penalties, by differences and by double backward -----------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_sharp._integrations.trainer import SharpMixin
 from models import Rows
 
 ARGUMENTS = {field.name for field in fields(TrainingArguments)}
@@ -37,6 +38,7 @@ def build(cls: type[Trainer], model: Any, rows: Rows, folder: Any, **settings: A
     own = {
         "method",
         "rounding",
+        "check_repeats",
         "optimizers",
         "callbacks",
         "compute_loss_func",
@@ -45,6 +47,8 @@ def build(cls: type[Trainer], model: Any, rows: Rows, folder: Any, **settings: A
         "model_init",
     }
     given = {name: settings.pop(name) for name in own & set(settings)}
+    if issubclass(cls, SharpMixin):  # one pass more, which tests that count passes do not want
+        given.setdefault("check_repeats", False)
     trainer = cls(model=model, args=arguments(folder, **settings), train_dataset=rows, **given)
     in_order = settings.get("train_sampling_strategy", "sequential") == "sequential"
     if in_order and "train_sampling_strategy" not in ARGUMENTS:

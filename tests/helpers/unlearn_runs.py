@@ -74,6 +74,7 @@ OWN = ("objective", "method", "reference", "optimizers", "callbacks", "eval_data
 def build(model: Any, folder: Any, rows: list | None = None, **settings: Any) -> UnlearnTrainer:
     own = {name: settings.pop(name) for name in OWN if name in settings}
     rows = pairs() if rows is None else rows
+    own.setdefault("check_repeats", False)  # one pass more, which tests that count passes do not want
     return UnlearnTrainer(model, arguments(folder, **settings), collate, rows, **own)
 
 

@@ -50,6 +50,20 @@ def read_objective(objective: ObjectiveLike) -> Objective:
     return OBJECTIVES[name](**settings)
 
 
+def settings_of(objective: Objective) -> dict[str, Any]:
+    """An objective as flat settings, those by default too, as `read_objective` takes them.
+
+    Args:
+        objective: the objective.
+
+    Returns:
+        Its name under "objective", that of its class if it has none, and its settings.
+    """
+    names = {kind: name for name, kind in OBJECTIVES.items()}
+    values = {setting.name: getattr(objective, setting.name) for setting in fields(objective)}
+    return {"objective": names.get(type(objective), type(objective).__name__), **values}
+
+
 def options_of(name: str) -> tuple[str, ...]:
     """The settings that an objective takes.
 
