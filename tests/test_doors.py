@@ -33,6 +33,8 @@ from models import batch_of, mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_o
 from references import flat
 from training import build, train, weights
 
+pytestmark = pytest.mark.fast
+
 ROWS = mlp_rows(48)
 
 

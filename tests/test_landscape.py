@@ -19,6 +19,8 @@ from models import batch_of, mlp_rows, tiny_mlp, windows_of
 from references import functional, window_gradient
 from toy import ToyHost, flat, opened
 
+pytestmark = pytest.mark.fast
+
 WINDOW = windows_of(mlp_rows(12), micro=4, accumulate=3)[0]
 
 
