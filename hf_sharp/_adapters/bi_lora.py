@@ -11,7 +11,7 @@ the logged loss is the one with the auxiliary, and evaluation, merging and savin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -153,7 +153,7 @@ def clip_(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], rho: float) -> Non
 
 
 @contextmanager
-def joined(layers: Sequence[Joined]) -> Iterator[None]:
+def joined(layers: Sequence[Joined]) -> Generator[None]:
     """While open, the layers' adapters are [B1 B2] [A1; A2], wherever the model's own code calls them.
 
     One pair of products of higher rank, so that the auxiliary costs no pass over the activations of its own. PEFT's

@@ -31,7 +31,9 @@ def measure_shift(
         `sharp_component` = <w' - w, e> / |e|^2, which should be 1, and `sharp_noise` = |w' - w - e| / |e|; 1 and 0
         for e = 0.
     """
-    along, length, noise = [], [], []
+    along: list[tuple[Tensor, Tensor]] = []
+    length: list[tuple[Tensor, Tensor]] = []
+    noise: list[tuple[Tensor, Tensor]] = []
     for weight, old, step, grid in zip(weights, saved, steps, grids, strict=True):
         for new, before, part in chunks(weight.detach(), old, step):
             wanted, real = wide(part), on_grid(new, grid) - on_grid(before, grid)
@@ -66,7 +68,8 @@ def measure_gradient(
     Returns:
         cos(g_s, e), <g_s, e> and |e|^2.
     """
-    along, length = [], []
+    along: list[tuple[Tensor, Tensor]] = []
+    length: list[tuple[Tensor, Tensor]] = []
     for weight, old, grad, grid in zip(weights, saved, grads, grids, strict=True):
         gradient = torch.zeros_like(old) if grad is None else grad
         for new, before, part in chunks(weight.detach(), old, gradient):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -12,6 +12,9 @@ from hf_sharp._engine import rows
 from hf_sharp._engine.random_state import RandomState
 from hf_sharp._engine.resources import Resources
 from hf_sharp._engine.state import Change
+from hf_sharp._tensors.types import Batch
+
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -43,7 +46,7 @@ class Tape:
         self._present: RandomState | None = None  # the draws of the pass that is being made, from its beginning
 
     @contextmanager
-    def recording(self, batch: Any) -> Iterator[int]:
+    def recording(self, batch: Batch) -> Generator[int]:
         """While open, a micro-batch makes its first pass, which moves streams and state on.
 
         Args:
@@ -62,7 +65,7 @@ class Tape:
         self._entries.append(Entry(draws, versions, self._resources.state.changes(before)))
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> Generator[None]:
         """While open, passes leave no trace: streams and state are afterwards what they were before.
 
         Yields:
@@ -77,7 +80,7 @@ class Tape:
         ):
             yield
 
-    def rewind(self, number: int, batch: Any) -> None:
+    def rewind(self, number: int, batch: Batch) -> None:
         """Inside `kept`: draws and state are as they were when a first pass began.
 
         Args:
@@ -98,7 +101,7 @@ class Tape:
         self._present = entry.draws
         entry.draws.restore()
 
-    def aside(self, work: Callable[[], Any]) -> Any:
+    def aside(self, work: Callable[[], T]) -> T:
         """Do something in the middle of a pass, with the draws of that pass and without a trace.
 
         Args:
