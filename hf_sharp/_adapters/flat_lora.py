@@ -10,7 +10,7 @@ The logged loss is that of the shifted weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -106,7 +106,7 @@ class FlatLoRA(Method):
 
 
 @contextmanager
-def _noisy(landscape: Landscape, sigma: float) -> Iterator[None]:
+def _noisy(landscape: Landscape, sigma: float) -> Generator[None]:
     bases = _bases(landscape.model)
     with landscape.restored([base.weight for base in bases]):
         for base in bases:

@@ -82,7 +82,8 @@ def measure_gradient(
     Returns:
         cos(g_s, e), <g_s, e> and |e|^2.
     """
-    along, length = [], []
+    along: list[tuple[Tensor, Tensor]] = []
+    length: list[tuple[Tensor, Tensor]] = []
     for weight, old, grad, grid in zip(weights, saved, grads, grids, strict=True):
         gradient = torch.zeros_like(old) if grad is None else grad
         for new, before, part in chunks(weight.detach(), old, gradient):

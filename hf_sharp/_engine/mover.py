@@ -60,7 +60,7 @@ class Mover:
         self._here, self._draw = here, 1
 
     @contextmanager
-    def shifted(self, shift: Shift | ParamVector) -> Iterator[None]:
+    def shifted(self, shift: Shift | ParamVector) -> Generator[None]:
         """See `Landscape.shifted`; epsilon is not kept."""
         epsilon, slope = shift if isinstance(shift, Shift) else (shift, None)
         where = [index for index, step in enumerate(epsilon.tensors) if step is not None]
@@ -86,7 +86,7 @@ class Mover:
         self._draw += 1 if self._draw else 0
 
     @contextmanager
-    def at(self, values: ParamVector) -> Iterator[None]:
+    def at(self, values: ParamVector) -> Generator[None]:
         """See `Landscape.at`."""
         pairs = zip(self._facts.parameters.values(), values.tensors, strict=True)
         present = [parameter for parameter, value in pairs if value is not None]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from hf_sharp._engine.host import Host
 from hf_sharp._engine.ranks import Ranks
 from hf_sharp._engine.undo import Undo
 from hf_sharp._engine.window import Pass, Window
+from hf_sharp._tensors.types import Batch, Hook, Outputs, Reduce, Sums
 from hf_sharp._tensors.vector import ParamVector, total
 
 REPEATED = (
@@ -50,7 +50,7 @@ class Passes:
         self.plan = FirstPass()
         self.evaluations = 0.0
         self._first_losses: list[Tensor] = []
-        self._sums: list[Any] = []  # what `reduce` gave for the micro-batches of the evaluation being made
+        self._sums: list[Sums] = []  # what `reduce` gave for the micro-batches of the evaluation being made
         self._first: Evaluation | None = None
         self.plainly = True
         self._lacking: set[str] = set()  # parameters that a backward towards a subset gave nothing
@@ -59,7 +59,7 @@ class Passes:
 
     # --- the first evaluation ----------------------------------------------------------------------------------------
 
-    def first_pass(self, batch: Any, shifted: AbstractContextManager[None]) -> Tensor:
+    def first_pass(self, batch: Batch, shifted: AbstractContextManager[None]) -> Tensor:
         """One micro-batch of it.
 
         Args:
@@ -78,7 +78,7 @@ class Passes:
         self._first_losses.append(loss)
         return loss
 
-    def first_pass_apart(self, batch: Any, shifted: AbstractContextManager[None]) -> Tensor:
+    def first_pass_apart(self, batch: Batch, shifted: AbstractContextManager[None]) -> Tensor:
         """The same, the gradients being kept out of the way of other terms'.
 
         Args:
@@ -191,7 +191,7 @@ class Passes:
                 yield self._collect(None)
 
     @contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
+    def _evaluation_mode(self) -> Generator[None]:
         modes = [(module, module.training) for module in self._host.model.modules()]
 
         def put_back() -> None:
@@ -202,7 +202,7 @@ class Passes:
             self._host.model.eval()
             yield
 
-    def hook(self, add: Hook | None, reduce: Hook | None) -> Hook | None:
+    def hook(self, add: Hook | None, reduce: Reduce | None) -> Hook | None:
         """What the host is to call with the outputs.
 
         Args:
@@ -215,7 +215,7 @@ class Passes:
         if add is None and reduce is None:
             return None
 
-        def hook(outputs: Any, batch: Any) -> Any:
+        def hook(outputs: Outputs, batch: Batch) -> Tensor | None:
             if reduce is not None:
                 with torch.no_grad():
                     self._sums.append(reduce(outputs, batch))

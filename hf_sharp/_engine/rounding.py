@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage] (there is no public base)
 
 from hf_sharp._tensors.shards import sharded
 from hf_sharp._tensors.vector import chunks, wide
@@ -82,7 +82,7 @@ def grids_of(
     Returns:
         Formats by the same names, None where all of a parameter is seen.
     """
-    cast = set() if autocast is None else cast_by_autocast(modules)
+    cast: set[int] = set() if autocast is None else cast_by_autocast(modules)
     grids: dict[str, torch.dtype | None] = {}
     for name, parameter in parameters.items():
         dtype = (gathered if sharded(parameter) else None) or parameter.dtype

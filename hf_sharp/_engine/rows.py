@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sharp._tensors.types import Batch, is_mapping, is_sequence
+
 SAMPLE_INDEX = "sample_index"  # the column that numbers the rows of a data set, for methods that know them again
 COPIED = 4 * 2**20  # bytes of the largest tensor of a micro-batch that is copied before its first pass
 WAY_OUT = (
@@ -19,7 +21,7 @@ WAY_OUT = (
 )
 
 
-def count(batch: Any) -> int:
+def count(batch: Batch) -> int:
     """The number of rows of a micro-batch: the first dimension that most of its tensors share.
 
     Tensors inside lists of a dict count only where it holds no others: such lists often have an entry a row, and its
@@ -34,18 +36,18 @@ def count(batch: Any) -> int:
     Raises:
         ValueError: if there is no tensor with a dimension to count.
     """
-    columns = _columns(batch) if isinstance(batch, Mapping) else []
+    columns = _columns(batch) if is_mapping(batch) else []
     sizes = [t.shape[0] for t in columns if t.ndim] or [t.shape[0] for t in _tensors(batch) if t.ndim]
     if not sizes:
         raise ValueError(
             "This batch holds no tensor with rows, so no part of it can be taken; use several micro-batches."
         )
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    labels = batch.get("labels") if is_mapping(batch) else None
     named = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else None
     return max(set(sizes), key=lambda size: (sizes.count(size), size == named, size))
 
 
-def share(batch: Any, fraction: float) -> tuple[int, int]:
+def share(batch: Batch, fraction: float) -> tuple[int, int]:
     """How many rows a share of a micro-batch is, one at least.
 
     A batch of one row, such as one of texts laid end to end without padding, has no smaller part than itself. That is
@@ -75,7 +77,7 @@ def _say_that_all_is_taken(fraction: float, size: int) -> None:
     )
 
 
-def versions(batch: Any) -> dict[str, int]:
+def versions(batch: Batch) -> dict[str, int]:
     """How often each tensor of a micro-batch was changed in place.
 
     Args:
@@ -205,18 +207,18 @@ def part(batch: Any, rows: slice) -> Any:
 
 def _columns(batch: Mapping[Any, Any]) -> list[Tensor]:
     """The tensors of a dict and of dicts in it, without those in lists."""
-    found = [_columns(value) if isinstance(value, Mapping) else [value] for value in batch.values()]
+    found = [_columns(value) if is_mapping(value) else [value] for value in batch.values()]
     return [value for values in found for value in values if isinstance(value, Tensor)]
 
 
-def _tensors(batch: Any) -> list[Tensor]:
+def _tensors(batch: Batch) -> list[Tensor]:
     if isinstance(batch, Tensor):
         return [batch]
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    values: Iterable[Any] = batch.values() if is_mapping(batch) else batch if is_sequence(batch) else ()
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def _cut(batch: Any, rows: slice, size: int, name: str) -> Any:
+def _cut(batch: Batch, rows: slice, size: int, name: str) -> Batch:
     if isinstance(batch, Tensor):
         if not _fits(batch, size):
             raise ValueError(
@@ -225,15 +227,16 @@ def _cut(batch: Any, rows: slice, size: int, name: str) -> Any:
                 f"images lie in one tensor. {WAY_OUT}"
             )
         return batch[rows] if batch.ndim and batch.shape[0] == size else batch
-    if isinstance(batch, Mapping):
+    if is_mapping(batch):
         return {key: _cut(value, rows, size, f"{name}.{key}".lstrip(".")) for key, value in batch.items()}
-    if not isinstance(batch, list | tuple):
+    if not is_sequence(batch):
         return batch
     if name and len(batch) == size and _has_an_entry_a_row(batch, size):
         return batch[rows]
     if any(isinstance(value, Tensor | Mapping | list | tuple) for value in batch):
+        kind: Any = type(batch)
         cut = [_cut(value, rows, size, f"{name}[{index}]") for index, value in enumerate(batch)]
-        return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)  # a namedtuple takes them singly
+        return kind(*cut) if hasattr(batch, "_fields") else kind(cut)  # a namedtuple takes them singly
     return batch[rows] if len(batch) == size else batch
 
 
@@ -242,7 +245,7 @@ def _fits(tensor: Tensor, size: int) -> bool:
     return not tensor.ndim or tensor.shape[0] in (size, 1)
 
 
-def _has_an_entry_a_row(batch: list[Any] | tuple[Any, ...], size: int) -> bool:
+def _has_an_entry_a_row(batch: Sequence[Any], size: int) -> bool:
     """Whether a list in a dict, as long as the batch, belongs to its rows (the boxes of each image) or has columns."""
     tensors = _tensors(batch)
     return not tensors or any(isinstance(v, Mapping) for v in batch) or not all(_fits(t, size) for t in tensors)

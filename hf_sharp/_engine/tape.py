@@ -47,7 +47,7 @@ class Tape:
         self._present: RandomState | None = None  # the draws of the pass that is being made, from its beginning
 
     @contextmanager
-    def recording(self, batch: Any) -> Iterator[int]:
+    def recording(self, batch: Batch) -> Generator[int]:
         """While open, a micro-batch makes its first pass, which moves streams and state on.
 
         Args:
@@ -83,7 +83,7 @@ class Tape:
         self._entries = []
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> Generator[None]:
         """While open, passes leave no trace: streams and state are afterwards what they were before.
 
         Yields:
@@ -125,7 +125,7 @@ class Tape:
         self._present = entry.draws
         entry.draws.restore()
 
-    def aside(self, work: Callable[[], Any]) -> Any:
+    def aside(self, work: Callable[[], T]) -> T:
         """Do something in the middle of a pass, with the draws of that pass and without a trace.
 
         Args:

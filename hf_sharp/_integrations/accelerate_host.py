@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -179,7 +179,7 @@ class AcceleratorHost(Host):
         return args, {name: values.get(name, value) for name, value in keywords.items()}
 
     @contextmanager
-    def watched(self) -> Iterator[list[Any]]:
+    def watched(self) -> Generator[list[Any]]:
         """While open, the model's calls are remembered for `recompute`.
 
         Yields:
@@ -205,7 +205,7 @@ class AcceleratorHost(Host):
             yield outputs
 
     @contextmanager
-    def replaced(self, owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    def replaced(self, owner: Any, name: str, replacement: Any) -> Generator[None]:
         """While open, `owner.name` is the replacement.
 
         Args:
@@ -249,7 +249,7 @@ class AcceleratorHost(Host):
         return self._reducing(True)
 
     @contextmanager
-    def _reducing(self, wanted: bool) -> Iterator[None]:
+    def _reducing(self, wanted: bool) -> Generator[None]:
         """Afterwards what the loop has at this micro-batch; Accelerate's `no_sync` would switch reduction on."""
         kept = self.accelerator.sync_gradients or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         with self.undo.region(lambda: self.wrapped.set_requires_gradient_sync(bool(kept))):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,7 @@ def _table(module: nn.Module) -> Tensor | None:
 
 
 @contextmanager
-def noisy_inputs(landscape: Landscape, sigma: float) -> Iterator[None]:
+def noisy_inputs(landscape: Landscape, sigma: float) -> Generator[None]:
     """While open, the embedded inputs carry normal noise; the inputs themselves are not touched.
 
     The noise goes to what a forward embeds first: of an encoder-decoder that is the encoder's input. A row's noise
