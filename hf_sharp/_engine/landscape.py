@@ -138,7 +138,7 @@ class Landscape:
 
     @plan.setter
     def plan(self, plan: FirstPass) -> None:
-        self._passes.plan = plan
+        self._passes.plan, self._passes.plainly = plan, plan.is_plain
 
     @property
     def first(self) -> Evaluation:
@@ -327,7 +327,7 @@ class Landscape:
     def _planned_shift(self, last: bool) -> AbstractContextManager[None]:
         shift = self.plan.shift
         if last:
-            self.plan = self.plan._replace(shift=None)  # its memory is free while the last pass runs
+            self._passes.plan = self.plan._replace(shift=None)  # its memory is free while the last pass runs
         return nullcontext() if shift is None else self.shifted(shift() if callable(shift) else shift)
 
     def _collect_first(self) -> None:

@@ -70,8 +70,6 @@ class Passes:
             The loss that the host logs.
         """
         plan = self.plan
-        if not self._window.passed:
-            self.plainly = plan.is_plain
         with plan.within(), shifted, nullcontext() if plan.synced else self._host.unsynced():
             hook = self.hook(plan.add, plan.reduce)
             loss = self._window.first_pass(batch, self._parameters(plan.only), hook)
