@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from hf_sharp._engine.renamed import OF_EVALUATION, renamed
+from hf_sharp._tensors.types import Hook, Reduce, Sums
 from hf_sharp._tensors.vector import ParamVector
 
 Names: TypeAlias = Collection[str]

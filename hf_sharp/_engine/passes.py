@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sharp._engine import gradients, rows
-from hf_sharp._engine.evaluation import Evaluation, FirstPass, Hook, Names
+from hf_sharp._engine.evaluation import Evaluation, FirstPass, Names
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.ranks import Ranks

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from hf_sharp._engine import rows
 from hf_sharp._engine.random_state import RandomState
 from hf_sharp._engine.records import Change, Record
 from hf_sharp._engine.resources import Resources
+from hf_sharp._tensors.types import Batch
+
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):

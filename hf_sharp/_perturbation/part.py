@@ -29,9 +29,7 @@ class Part:
     """
 
     remembers: ClassVar[bool | Mapping[str, Kind]] = False
-    weighs: ClassVar[bool] = (
-        False  # whether it weighs the host's loss or gradient against something that has a size of its own
-    )
+    weighs: ClassVar[bool] = False  # whether it weighs the host's loss or gradient against what has a size of its own
     apart: ClassVar[bool] = False  # whether it makes passes whose gradients are not reduced over ranks
 
     @property
