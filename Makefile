@@ -2,8 +2,9 @@
 # constraints.txt. The set-up runs again only when pyproject.toml or constraints.txt has changed.
 #
 #   make quickstart [ARGS="--method sam"]    make test [ARGS="-k sam"]    make lint    make format    make bench    make docs
+#   make test-fast: in about a minute one look at every method, the engine, the Trainer, the loop, the optimizer and the settings
 #   make generated: what follows from the presets' signatures and docstrings (exports, types, tables) is written anew
-#   make test-oldest: the Trainer door's tests with the oldest versions supported, in an environment of their own
+#   make test-oldest: the Trainer's tests with the oldest versions supported, in an environment of their own
 #   make test-wheel: the same for the built wheel; make test-main: all tests with the main branches of the Hugging Face libraries
 #   make dist: source archive and wheel into dist/; make version: the version that they get
 # Tests run in two processes; JOBS=0 runs them in one, which a debugger needs.
@@ -27,10 +28,10 @@ MAIN_BRANCHES := $(foreach name,transformers accelerate peft trl,"git+https://gi
 SOURCES := $(wildcard hf_sharp recipes benchmarks examples tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-oldest test-wheel test-main generated lint format bench docs dist version release-check clean
+.PHONY: help setup quickstart test test-fast test-oldest test-wheel test-main generated lint format bench docs dist version release-check clean
 
 help:
-	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -45,10 +46,13 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@$(BIN)/accelerate launch recipes/glue_fsam.py $(ARGS)
 
-test: export HF_HUB_OFFLINE = 1
-test: export HF_DATASETS_OFFLINE = 1
+test test-fast: export HF_HUB_OFFLINE = 1
+test test-fast: export HF_DATASETS_OFFLINE = 1
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-fast: $(STAMP)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m fast tests $(ARGS)
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

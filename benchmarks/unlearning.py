@@ -39,10 +39,10 @@ from hf_sharp import (
     curvature_regularization,
     gradient_penalty,
     randomized_smoothing,
-    report,
     sam,
 )
 from hf_sharp.evaluation import rouge_l_recall, score, summary
+from hf_sharp.recipes import report
 from hf_sharp.recipes.tasks import unlearning as task
 from hf_sharp.recipes.tasks.domains import byte_tokenizer
 from hf_sharp.recipes.tasks.fictions import Facts, attack_sets, load_facts

@@ -53,7 +53,7 @@ def reference(name, model, aux, updates):
 
 
 @every_method
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", [pytest.param("sgd", marks=pytest.mark.fast), "adamw"])
 @pytest.mark.parametrize("start", [False, True], ids=["B zero", "B drawn"])
 def test_five_steps_are_the_references(name, kind, start, tmp_path):
     model, path, auxiliary = lora_mlp(start), [], []

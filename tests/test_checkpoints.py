@@ -1,8 +1,10 @@
 """A save that was cut off anywhere is passed over, and training goes on from the one before as if nothing had been."""
 
+import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,3 +108,14 @@ def test_numbers_count_and_other_names_do_not(tmp_path):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     for nothing in (tmp_path / "nothing", Path(os.devnull)):
         assert last_complete_checkpoint(nothing) is None
+
+
+def test_the_record_is_written_where_the_trainer_leaves_the_weights_to_later(tmp_path, monkeypatch):
+    """FSDP2 with SHARDED_STATE_DICT: `save_model` of the Trainer writes nothing; shards come with the optimizer."""
+    trainer = trainer_in(tmp_path)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    plugin = SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
+    assert os.listdir(tmp_path / "checkpoint-1") == ["sharp_config.json"]
+    assert json.loads((tmp_path / "checkpoint-1" / "sharp_config.json").read_text())["repr"] == repr(trainer.method)

@@ -10,6 +10,8 @@ from hf_sharp.__main__ import main
 from hf_sharp._presets.names import METHODS, options_of
 from hf_sharp._presets.texts import UNSAID, memory_of, passes_of
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases import METHODS, MOVING, rows_for
-from hf_sharp import SharpStep, SharpTrainer, fsam, gam, plain, sam, sam_on
+from hf_sharp import SharpStep, SharpTrainer, fsam, gam, mesa, plain, sam, sam_on, tram
 from models import mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
 from references import flat
 from training import Recorder, build, train, weights
@@ -87,3 +87,15 @@ def test_activation_checkpointing_changes_nothing(name, reentrant, tmp_path, rec
     torch.testing.assert_close(checkpointed, whole, rtol=0, atol=1e-12)
     said = [str(w.message) for w in recwarn if "needs the full backward" in str(w.message)]
     assert len(said) == (name == "sam_on" and reentrant)
+
+
+def test_the_note_at_the_start_says_which_pass_is_not_compiled(tmp_path):
+    for method, said in (
+        (mesa(), "MESA compares, its only one"),
+        (tram(), "TRAM compares, its first one"),
+        (sam(), ""),
+    ):
+        trainer = build(SharpTrainer, tiny_mlp(), mlp_rows(8), tmp_path, method=method)
+        assert "torch_compile" not in trainer.describe_method()
+        trainer.args.torch_compile = True
+        assert said in trainer.describe_method() and ("torch_compile" in trainer.describe_method()) == bool(said)

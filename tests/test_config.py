@@ -25,6 +25,8 @@ from hf_sharp._presets.fields import SCHEDULE_OPTIONS
 from hf_sharp._presets.names import METHODS, options_of
 from hf_sharp._presets.texts import options_told
 
+pytestmark = pytest.mark.fast
+
 
 def test_the_configs_fields_are_the_presets_keywords():
     keywords = {key for preset in METHODS.values() for key in inspect.signature(preset).parameters}

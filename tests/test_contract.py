@@ -136,7 +136,9 @@ def optimizer_and_reference(kind, groups, model, layout):
 
 
 @every_method
-@pytest.mark.parametrize("kind, groups", list(itertools.product(("sgd", "adamw"), (1, 2))))
+@pytest.mark.parametrize(
+    "kind, groups", [pytest.param("sgd", 1, marks=pytest.mark.fast), ("sgd", 2), ("adamw", 1), ("adamw", 2)]
+)
 def test_five_steps_are_the_references(name, kind, groups, tmp_path):
     case, model, rows = METHODS[name], tiny_mlp(seed=1), rows_for(name, mlp_rows(40))
     w0, layout, loss_of = functional(model)
@@ -276,7 +278,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bitwise(name, tmp_path):
 
 
 @every_method
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.fast), 4])
 def test_passes_are_what_the_cost_declares(name, accumulate, tmp_path):
     model, case, passes = tiny_mlp(), METHODS[name], []
 
@@ -453,6 +455,7 @@ def passes_in_two_steps(name, folder, known={}):  # noqa: B006  counted once a m
 # 10 ---- a method is what its repr says
 
 
+@pytest.mark.fast
 @every_method
 def test_the_repr_round_trips(name):
     method = METHODS[name].method()

@@ -1,6 +1,7 @@
 """The three doors: the same weights on the same batches for every method whose needs they provide."""
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,9 @@ from hf_sharp import (
 from hf_sharp._integrations.refusals import refuse_accelerator
 from models import batch_of, mlp_rows, text_rows, tiny_bert, tiny_mlp, windows_of
 from references import flat
-from training import train, weights
+from training import build, train, weights
+
+pytestmark = pytest.mark.fast
 
 ROWS = mlp_rows(48)
 
@@ -279,7 +282,7 @@ def test_the_state_dict_keeps_moments_and_memory():
     assert torch.equal(flat(model), flat(other))
     base = torch.optim.AdamW(other.parameters(), lr=0.05)
     again.load_state_dict(base.state_dict())  # a checkpoint from before this library
-    assert again.state_dict()["sharp"] == {"step": 0}
+    assert again.state_dict()["sharp"] == {"step": 0, ":direction/": 0}
 
 
 def test_a_step_without_a_closure_says_once_that_it_is_plain(recwarn):
@@ -414,3 +417,112 @@ def test_a_name_or_a_preset_that_was_not_called_is_answered_with_what_to_write()
             SharpOptimizer(base, method)
         with pytest.raises(ValueError, match=r"Call the preset, or .*build\(\)"):
             SharpStep(method, prepared, optimizer, accelerator, lambda m, batch: m(**batch)["loss"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_a_copied_optimizer_goes_on_with_copied_parameters(copied):
+    """As torch's own: together with the model it keeps hold of the model's parameters; alone it has copies."""
+
+    def run(optimizer, model, windows):
+        for window in windows:
+
+            def closure(batch=window[0]):
+                optimizer.zero_grad()
+                loss = loss_of(model, batch)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    windows = windows_of(ROWS, micro=4, accumulate=1)
+    for given in (True, False):
+        model = tiny_mlp(seed=1)
+        optimizer = SharpOptimizer(momentum_sgd(model), vasso(0.1), model if given else None)
+        run(optimizer, model, windows[:3])
+        twin, again = copied((model, optimizer))
+        assert type(again) is SharpOptimizer and again.method == optimizer.method
+        assert all(a is b for a, b in zip(again.param_groups[0]["params"], twin.parameters(), strict=True))
+        before = flat(model)
+        run(again, twin, windows[3:6])
+        assert torch.equal(flat(model), before) and not torch.equal(flat(twin), before)
+        run(optimizer, model, windows[3:6])
+        assert torch.equal(flat(twin), flat(model))
+        mine, theirs = optimizer.state_dict()["sharp"], again.state_dict()["sharp"]
+        assert mine.keys() == theirs.keys() and mine["step"] == theirs["step"] == 6
+        alone = copied(optimizer)
+        assert not {id(p) for p in alone.param_groups[0]["params"]} & {id(p) for p in model.parameters()}
+        if given:
+            run(alone, alone._host.model, windows[6:7])
+            run(optimizer, model, windows[6:7])
+            assert torch.equal(flat(alone._host.model), flat(model))
+
+
+def test_an_optimizer_that_makes_its_own_passes_is_refused():
+    model = tiny_mlp()
+    with pytest.raises(ValueError, match="LBFGS calls the closure itself"):
+        SharpOptimizer(torch.optim.LBFGS(model.parameters()), sam(), model)
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match="LBFGS calls the closure itself"):
+        SharpStep(sam(), prepared, optimizer, accelerator, loss_of)
+
+
+def test_the_trainer_refuses_it_before_any_step(tmp_path):
+    model, calls = tiny_mlp(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match="LBFGS calls the closure itself"):
+        train(
+            SharpTrainer, model, ROWS, tmp_path, method=sam(), optimizers=(torch.optim.LBFGS(model.parameters()), None)
+        )
+    assert not calls
+
+
+def test_the_warning_of_a_step_without_a_closure_points_at_the_line_that_made_it():
+    for wrap in ("no", "scheduler", "accelerate"):
+        model = tiny_mlp(seed=1)
+        optimizer = stepping = SharpOptimizer(momentum_sgd(model), sam())
+        if wrap == "scheduler":  # it puts a function of its own around `step`
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        if wrap == "accelerate":
+            stepping = Accelerator(cpu=True).prepare(optimizer)
+        loss_of(model, batch_of(ROWS[:4])).backward()
+        with pytest.warns(UserWarning, match="SAM had no part") as said:
+            stepping.step()
+        assert said[0].filename == __file__, wrap
+
+
+class Turned(torch.nn.Module):
+    """A complex weight, trained or not, and a real one."""
+
+    def __init__(self, trained=True):
+        super().__init__()
+        self.turn = torch.nn.Parameter(torch.ones(6, dtype=torch.complex64), requires_grad=trained)
+        self.real = torch.nn.Parameter(torch.ones(6))
+
+    def forward(self, x=None, labels=None):
+        return {"loss": ((x.float() * self.real) * self.turn).abs().square().mean()}
+
+
+def test_complex_parameters_are_refused_by_name_when_built(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    rows = [{"x": torch.ones(6), "labels": torch.tensor(0)} for _ in range(8)]
+
+    def builds(trained):
+        model = Turned(trained)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        base = torch.optim.SGD(trainable, lr=0.1)
+        return [
+            lambda: SharpOptimizer(base, sam(), model),
+            lambda: SharpStep(sam(), *accelerator.prepare(model, base), accelerator, loss_of),
+            lambda: build(SharpTrainer, model, rows, tmp_path, method=sam(), max_steps=2),
+        ]
+
+    for make in builds(trained=True):
+        with pytest.raises(ValueError, match=r"'turn' is complex \(torch\.complex64\).*view_as_real"):
+            make()
+    *_, trainer = [make() for make in builds(trained=False)]
+    trainer.train()
+    assert trainer.state.global_step == 2
+    optimizer = SharpOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), sam())
+    with pytest.raises(ValueError, match="complex"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]})

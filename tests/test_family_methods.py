@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 
 import family
 from hf_sharp import (
@@ -33,6 +34,7 @@ from hf_sharp import (
     TRAMFisher,
     VaSSO,
     WithProbability,
+    make_sharp,
     msam,
     previous_gradient_sam,
 )
@@ -202,6 +204,61 @@ def test_msam_refuses_an_optimizer_without_momentum(which, tmp_path):
 def test_msam_refuses_by_name_before_training(name, tmp_path):
     with pytest.raises(ValueError, match="momentum"):
         build(SharpTrainer, tiny_mlp(), mlp_rows(4), tmp_path, method=msam(), optim=name)
+
+
+def with_momentum(p):
+    return torch.optim.SGD(p, lr=0.05, momentum=0.9)
+
+
+class MakesItsOwn(SharpTrainer):
+    """Makes an optimizer of which `args.optim` says nothing; without the inherited method, as tutorials do it."""
+
+    make = staticmethod(with_momentum)
+
+    def create_optimizer(self, *args, **kwargs):
+        self.optimizer = self.make(self.model.parameters())
+        return self.optimizer
+
+
+class FromElsewhere(Trainer):
+    """The same below the library's class."""
+
+    def create_optimizer(self, *args, **kwargs):
+        self.optimizer = with_momentum(self.model.parameters())
+        return self.optimizer
+
+
+def test_msam_takes_a_momentum_wherever_it_comes_from(tmp_path):
+    """All of these are SGD with momentum .9 at a rate of .05, and so end at the same weights."""
+    model, rows, ends = tiny_mlp(seed=3), mlp_rows(40), []
+    ways = [
+        (SharpTrainer, {"optimizers": (with_momentum(model.parameters()), None), "optim": "adafactor"}),
+        (SharpTrainer, {"optim": "sgd", "optim_args": "momentum=0.9"}),
+        (MakesItsOwn, {"optim": "sgd"}),
+        (MakesItsOwn, {"optim": "adamw_bnb_8bit"}),
+        (make_sharp(FromElsewhere), {"optim": "rmsprop"}),
+    ]
+    for cls, settings in ways:
+        model = model if "optimizers" in settings else tiny_mlp(seed=3)
+        method = MSAM(Perturbation(0.2))
+        trainer = train(cls, model, rows, tmp_path, method=method, lr_scheduler_type="constant", **settings)
+        ends.append(weights(trainer))
+    assert all(torch.allclose(end, ends[0], rtol=0, atol=1e-14) for end in ends[1:])
+    plain = {"optimizers": (with_momentum((still := tiny_mlp(seed=3)).parameters()), None)}
+    trainer = train(Trainer, still, rows, tmp_path, lr_scheduler_type="constant", **plain)
+    assert (weights(trainer) - ends[0]).abs().max() > 1e-4
+
+
+def test_msam_refuses_an_optimizer_without_momentum_before_any_step_whoever_makes_it(tmp_path):
+    class Without(MakesItsOwn):
+        make = staticmethod(lambda p: torch.optim.SGD(p, lr=0.05))
+
+    for cls, settings in ((Without, {}), (SharpTrainer, {"optim": "sgd", "optim_args": "momentum=0.0"})):
+        trainer, calls = build(cls, tiny_mlp(), mlp_rows(8), tmp_path, method=MSAM(Perturbation(0.2)), **settings), []
+        trainer.model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        with pytest.raises(ValueError, match="keeps no momentum with these settings"):
+            trainer.train()
+        assert not calls
 
 
 def test_previous_gradient_is_that_before_clipping(tmp_path):

@@ -35,6 +35,8 @@ from references import functional, window_gradient
 from toy import ToyHost, flat, opened
 from training import Recorder, build
 
+pytestmark = pytest.mark.fast
+
 WINDOW = windows_of(mlp_rows(8), micro=8, accumulate=1)[0]
 
 

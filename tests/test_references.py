@@ -27,6 +27,8 @@ from references import (
     trajectory,
 )
 
+pytestmark = pytest.mark.fast
+
 SHAPES = mlp_shapes()
 LAYOUT = layout_of(SHAPES)
 SIZE = max(part.stop for part in LAYOUT.values())

@@ -68,16 +68,19 @@ SETS = {
         FACT | {"paraphrased_answer": "two one"},
         FACT | {"paraphrased_answer": "one", "perturbed_answer": ["six"]},
     ],
-    "retain": [FACT | {"question": "two?", "answer": "seven nine", "paraphrased_answer": "seven"}],
+    "retain": [
+        FACT | {"question": "two?", "answer": "seven nine", "paraphrased_answer": "seven"},
+        FACT | {"question": "eight two?", "answer": "three four", "paraphrased_answer": "three"},
+    ],
     "authors": [FACT],
     "world": [FACT | {"question": "nine?", "answer": "ten"}],
 }
 
 
 def teach(model, examples):
-    """A little, so that some answers are right and none is certain."""
+    """Until the answers are right; what is not among the examples stays unknown."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(120):
+    for _ in range(200):
         for example in examples:
             model(**{key: torch.tensor([value]) for key, value in example.items()}).loss.backward()
         optimizer.step()
@@ -88,7 +91,7 @@ def test_all_tofu_numbers_together(tokenizer):
     with seeded(3):
         model = tiny_llama(vocab_size=len(tokenizer), float64=True, max_position_embeddings=64, bos_token_id=None)
     encode = Encoder(tokenizer)
-    teach(model, [encode(each) for name in ("retain", "authors", "world") for each in SETS[name]])
+    teach(model, [encode(SETS[name][0]) for name in ("retain", "authors", "world")])
     numbers, ratios = evaluation.tofu_metrics(model, encode, SETS, mean="arithmetic", max_new_tokens=6, batch_size=3)
     model.eval()
 

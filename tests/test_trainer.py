@@ -64,6 +64,7 @@ def hand_sam(model, batches, rho, lr, steps):
         model.zero_grad()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_real_models_agree_with_a_textbook_loop_with_dropout(kind, tmp_path):
     make, rows = {
@@ -92,6 +93,7 @@ class StreamAtFirstStep(TrainerCallback):
             self.kept.append(torch.get_rng_state())
 
 
+@pytest.mark.fast
 def test_a_causal_lm_with_token_counts_agrees_across_windows(tmp_path):
     runs = []
     for micro, accumulate in ((8, 1), (2, 4)):
@@ -195,6 +197,7 @@ def test_a_second_training_starts_the_method_afresh(tmp_path):
     assert any(not torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.fast
 def test_direct_calls_of_training_step_are_windows_of_one(tmp_path):
     trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method=sam(0.1), gradient_accumulation_steps=2)
     model, batch = trainer.model, batch_of(mlp_rows(4))
@@ -243,6 +246,7 @@ def test_a_frozen_parameter_in_the_optimizer_is_left_alone(tmp_path):
         assert torch.equal(model.norm.bias, frozen) and "of 6 trainable tensors" in trainer.describe_method()
 
 
+@pytest.mark.fast
 def test_schedules_see_the_trainers_facts(tmp_path):
     seen = []
 
@@ -256,6 +260,7 @@ def test_schedules_see_the_trainers_facts(tmp_path):
     assert seen == [(0.0, 0.4, 0, 4, 2), (0.2, 0.4, 1, 4, 2), (0.4, 0.4, 2, 4, 2), (0.2, 0.4, 3, 4, 2)]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("lr", [0.4, 0.01])
 def test_the_largest_learning_rate_is_that_of_an_optimizer_of_ones_own(lr, tmp_path):
     """Not that of the arguments, which such an optimizer does not follow; larger or smaller."""
@@ -281,6 +286,7 @@ def test_a_window_that_the_data_cut_short_leaves_the_next_epoch_whole(tmp_path):
     assert trainer.state.global_step == 4 and torch.isfinite(weights(trainer)).all()
 
 
+@pytest.mark.fast
 def test_early_stopping_and_the_best_model(tmp_path):
     settings = {
         "eval_strategy": "steps",
@@ -327,6 +333,7 @@ def test_hyperparameter_search_starts_every_trial_afresh(tmp_path):
 # ---- what is written
 
 
+@pytest.mark.fast
 def test_checkpoints_hold_the_method_its_settings_and_no_pickle_of_ours(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer = train(
@@ -403,6 +410,7 @@ def test_state_of_another_method_is_refused_on_resume(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.fast
 def test_trackers_see_the_method_when_training_begins_and_the_arguments_stay_picklable(tmp_path):
     seen = []
 
@@ -422,6 +430,7 @@ def test_the_model_card_names_the_method(tmp_path):
     assert "- sharpness-aware" in text and repr(trainer.method) in text and "2 passes a step" in text
 
 
+@pytest.mark.fast
 def test_the_start_says_once_what_is_moved(tmp_path, capsys):
     trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method=sam_on(0.3))
     trainer.train()
@@ -433,6 +442,7 @@ def test_the_start_says_once_what_is_moved(tmp_path, capsys):
     assert f"({round(0.1 * eligible + whole)} of {eligible + whole} entries" in sparse
 
 
+@pytest.mark.fast
 def test_flos_count_the_passes(tmp_path):
     flos = {}
 
@@ -558,6 +568,7 @@ def test_other_trainers_become_sharp():
     assert sharp is make_sharp(Own) and issubclass(sharp, Own) and sharp.__name__ == "SharpOwn"
 
 
+@pytest.mark.fast
 def test_a_subclass_with_its_own_training_step_is_called_in_every_pass(tmp_path):
     calls = []
 
@@ -570,12 +581,14 @@ def test_a_subclass_with_its_own_training_step_is_called_in_every_pass(tmp_path)
     assert len(calls) == 10 and trainer.state.global_step == 5
 
 
+@pytest.mark.fast
 def test_the_other_losses_and_forms_of_method(tmp_path):
     for form in (SAM(Perturbation(0.1, mask=ByName("head"))), {"method": "asam", "rho": 0.2}, "fisher_sam", None):
         trainer = train(SharpTrainer, tiny_mlp(), mlp_rows(20), tmp_path, method=form)
         assert (trainer.method is None) == (form is None) and (form is None or isinstance(trainer.method, Method))
 
 
+@pytest.mark.fast
 def test_a_mask_that_is_empty_for_the_model_is_refused_at_construction(tmp_path):
     with pytest.raises(ValueError, match="selects none of the 7 trainable parameters"):
         build(SharpTrainer, tiny_mlp(), mlp_rows(4), tmp_path, method=SAM(Perturbation(0.1, mask=ByName("nobody"))))
@@ -617,6 +630,7 @@ def test_trainers_that_generate_their_data_are_refused(tmp_path):
         build(make_sharp(GRPOTrainer), tiny_mlp(), mlp_rows(4), tmp_path, method="sam")
 
 
+@pytest.mark.fast
 def test_the_gradient_is_the_trainers_to_clip(tmp_path):
     norms = []
 

@@ -5,6 +5,8 @@ import torch
 
 from hf_sharp import ParamVector
 
+pytestmark = pytest.mark.fast
+
 DRAW = torch.Generator().manual_seed(0)
 A = [
     torch.randn(3, 2, dtype=torch.float64, generator=DRAW),

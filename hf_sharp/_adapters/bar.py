@@ -51,7 +51,7 @@ class BAR(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """Adapters are told by the parameters' names; balancing comes right before the update."""
         return frozenset({"names", "update"})
 
     @property
@@ -75,7 +75,7 @@ class BAR(Method):
             )
 
     def start_note(self, landscape: Landscape) -> str:
-        """It looks around nowhere."""
+        """It perturbs nothing, so the number of adapters stands in place of a share."""
         return f"balances {len(_pairs(landscape.facts.names))} adapters before each update"
 
     def gradient(self, landscape: Landscape) -> Evaluation:

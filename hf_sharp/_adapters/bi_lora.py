@@ -48,7 +48,7 @@ class Joined(NamedTuple):
 
 @dataclass(frozen=True)
 class BiLoRA(Method):
-    """The gradient at weights that a second, climbing adapter has moved; it climbs by the same backward.
+    """The gradient at weights that a second, climbing adapter has perturbed; it climbs by the same backward.
 
     Args:
         rho: radius of the auxiliary's product over all layers together, without the scaling s; a number or a schedule.
@@ -71,7 +71,7 @@ class BiLoRA(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """Adapters among the modules, parameters of its own in the optimizer, a call after the update to clip them."""
         return frozenset({"modules", "parameters", "update"})
 
     @property
@@ -85,7 +85,7 @@ class BiLoRA(Method):
         lora_linears(landscape.model, NAME)
 
     def start_note(self, landscape: Landscape) -> str:
-        """The auxiliary."""
+        """The auxiliary's size: it perturbs by parameters of its own, and no share of the model's."""
         linears = lora_linears(landscape.model, NAME)
         entries = sum(self.rank * (linear.down.in_features + linear.up.out_features) for linear in linears)
         return f"climbs in {len(linears)} layers with an auxiliary adapter of {entries:,} entries"

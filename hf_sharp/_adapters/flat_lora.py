@@ -10,7 +10,7 @@ The logged loss is that of the shifted weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -77,7 +77,7 @@ class FlatLoRA(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """The adapters, and the base weights under them, are found among the modules."""
         return frozenset({"modules"})
 
     @property
@@ -91,7 +91,7 @@ class FlatLoRA(Method):
         _bases(landscape.model)
 
     def start_note(self, landscape: Landscape) -> str:
-        """The base weights."""
+        """Frozen weights carry the noise, and they are no share of the trainables."""
         sizes = [base.weight.numel() for base in _bases(landscape.model)]
         return f"puts noise on {len(sizes)} frozen base weights ({sum(sizes):,} entries) during each pass"
 
@@ -106,7 +106,7 @@ class FlatLoRA(Method):
 
 
 @contextmanager
-def _noisy(landscape: Landscape, sigma: float) -> Iterator[None]:
+def _noisy(landscape: Landscape, sigma: float) -> Generator[None]:
     bases = _bases(landscape.model)
     with landscape.restored([base.weight for base in bases]):
         for base in bases:

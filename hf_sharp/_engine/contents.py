@@ -13,8 +13,9 @@ from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 from types import CellType, MemberDescriptorType, MethodType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -32,12 +33,20 @@ LIBRARIES = frozenset(
 RECORDS = frozenset({Namespace, SimpleNamespace, UserDict, UserList})
 BASES = frozenset({"abc", "argparse", "builtins", "collections", "contextlib", "types", "typing"})
 
+# Methods below are called of the class itself, since an object's own may be somebody's. These are the classes, typed.
+Lists: type[list[Any]] = list
+Dicts: type[dict[Any, Any]] = dict
+OrderedDicts: type[OrderedDict[Any, Any]] = OrderedDict
+Sets: type[set[Any]] = set
+Deques: type[deque[Any]] = deque
+
 
 def _alike(now: Any, before: Any) -> bool:
     return len(now) == len(before) and (all(map(is_, now, before)) or all(map(unchanged, now, before)))
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Kind:
     """How one kind of content is looked after."""
 
     take: Callable[[Any], Any]  # a copy of an object's content
@@ -63,12 +72,12 @@ def _refill(clear: Callable[[Any], None], fill: Callable[[Any, Any], None]) -> C
 
 
 def _put_list(entries: Any, copy: list[Any]) -> None:
-    list.__setitem__(entries, slice(None), copy)
+    Lists.__setitem__(entries, slice(None), copy)
 
 
 def _put_items(container: Any, items: list[tuple[Any, Any]]) -> None:
     for key, value in items:
-        OrderedDict.__setitem__(container, key, value)
+        OrderedDicts.__setitem__(container, key, value)
 
 
 def _put_names(names: dict[str, Any], copy: dict[str, Any]) -> None:
@@ -91,11 +100,11 @@ def _put_cell(cell: CellType, copy: list[Any]) -> None:
 
 
 def _alike_dicts(now: Any, before: dict[Any, Any]) -> bool:
-    return _alike(list(dict.keys(now)), list(before)) and _alike(list(dict.values(now)), list(before.values()))
+    return _alike(list(Dicts.keys(now)), list(before)) and _alike(list(Dicts.values(now)), list(before.values()))
 
 
 def _alike_items(now: Any, before: list[tuple[Any, Any]]) -> bool:
-    items = list(OrderedDict.items(now))
+    items = list(OrderedDicts.items(now))
     return len(items) == len(before) and all(
         key is k and unchanged(v, w) for (key, v), (k, w) in zip(items, before, strict=True)
     )
@@ -106,36 +115,42 @@ def _put_array(array: Any, copy: Any) -> None:
 
 
 LIST = Kind(
-    list.copy,
+    Lists.copy,
     _alike,
     _put_list,
     inside=enumerate,
     size=len,
 )
-DICT = Kind(dict.copy, _alike_dicts, _refill(dict.clear, dict.update), inside=lambda copy: copy.items(), size=len)
+DICT = Kind(
+    Dicts.copy,
+    _alike_dicts,
+    _refill(Dicts.clear, Dicts.update),
+    inside=lambda copy: copy.items(),
+    size=len,
+)
 ORDERED = Kind(  # its order is not that of the dict below it
-    lambda o: list(OrderedDict.items(o)),
+    lambda o: list(OrderedDicts.items(o)),
     _alike_items,
-    _refill(OrderedDict.clear, _put_items),
+    _refill(OrderedDicts.clear, _put_items),
     inside=lambda copy: copy,
     size=len,
 )
 SET = Kind(
-    lambda o: list(set.__iter__(o)),
-    lambda o, copy: set(map(id, set.__iter__(o))) == set(map(id, copy)),
-    _refill(set.clear, set.update),
+    lambda o: list(Sets.__iter__(o)),
+    lambda o, copy: set(map(id, Sets.__iter__(o))) == set(map(id, copy)),
+    _refill(Sets.clear, Sets.update),
     inside=enumerate,
     size=len,
 )
 DEQUE = Kind(
-    lambda o: list(deque.__iter__(o)),
-    lambda o, copy: _alike(list(deque.__iter__(o)), copy),
-    _refill(deque.clear, deque.extend),
+    lambda o: list(Deques.__iter__(o)),
+    lambda o, copy: _alike(list(Deques.__iter__(o)), copy),
+    _refill(Deques.clear, Deques.extend),
     inside=enumerate,
     size=len,
 )
 NAMES = Kind(
-    dict.copy,
+    Dicts.copy,
     lambda names, copy: not difference(names, copy),
     _put_names,
     inside=lambda copy: copy.items(),
@@ -198,7 +213,7 @@ KINDS: tuple[tuple[Any, Callable[[Any], Any], Kind], ...] = (
 NOTHING = (random.SystemRandom, numpy.memmap)  # no state to read; a data set
 
 
-def aspects(cls: type) -> tuple[Aspect, ...]:
+def aspects(cls: type[Any]) -> tuple[Aspect, ...]:
     """What the objects of a class have that may move.
 
     Args:
@@ -212,17 +227,21 @@ def aspects(cls: type) -> tuple[Aspect, ...]:
     found = [Aspect(part, kind) for base, part, kind in KINDS if issubclass(cls, base)][:1]
     if _somebodys(cls):
         if cls.__dictoffset__:
-            found.append(Aspect(lambda o: o.__dict__, NAMES))
+            found.append(Aspect(attrgetter("__dict__"), NAMES))
         if slots := _slots(cls):
-            found.append(Aspect(lambda o: o, _slotted(slots)))
+            found.append(Aspect(_itself, _slotted(slots)))
     return tuple(found)
 
 
-def _package(cls: type) -> str:
+def _itself(item: Any) -> Any:
+    return item
+
+
+def _package(cls: type[Any]) -> str:
     return cls.__module__.partition(".")[0]
 
 
-def _somebodys(cls: type) -> bool:
+def _somebodys(cls: type[Any]) -> bool:
     """Whether a class is of a user's own, with no base in a library; `SimpleNamespace` counts as one."""
     package = _package(cls)
     if package in sys.stdlib_module_names and cls not in RECORDS:
@@ -231,14 +250,14 @@ def _somebodys(cls: type) -> bool:
     return not any(p in LIBRARIES or (p in sys.stdlib_module_names and p not in BASES) for p in bases)
 
 
-def _slots(cls: type) -> list[Any]:
+def _slots(cls: type[Any]) -> list[Any]:
     classes = [c for c in cls.__mro__ if _package(c) not in sys.stdlib_module_names]
     return [member for c in classes for member in vars(c).values() if isinstance(member, MemberDescriptorType)]
 
 
 def _slotted(slots: list[Any]) -> Kind:
     def take(item: Any) -> list[tuple[str, Any]]:
-        found = []
+        found: list[tuple[str, Any]] = []
         for slot in slots:
             try:
                 found.append((slot.__name__, slot.__get__(item)))

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from hf_sharp._engine.renamed import OF_EVALUATION, renamed
+from hf_sharp._tensors.types import Hook, Reduce, Sums
 from hf_sharp._tensors.vector import ParamVector
 
-Names = Collection[str]
-Hook = Callable[[Any, Any], Any]  # of (outputs, batch)
-Action = Callable[[], None]
+Names: TypeAlias = Collection[str]
+Action: TypeAlias = Callable[[], None]
 
 
 class Evaluation:
@@ -35,7 +35,7 @@ class Evaluation:
         self,
         loss: Tensor,
         grad: ParamVector,
-        reduced: Any = None,
+        reduced: Sums = None,
         before_update: Action | None = None,
         after_update: Action | None = None,
         metrics: Mapping[str, Tensor] = MappingProxyType({}),
@@ -139,7 +139,7 @@ class FirstPass(NamedTuple):
     shift: Shift | ParamVector | Callable[[], Shift | ParamVector] | None = None
     only: Names | None = None
     add: Hook | None = None
-    reduce: Hook | None = None
+    reduce: Reduce | None = None
     synced: bool = True
     terms: Mapping[str, float] | None = None
     within: Callable[[], AbstractContextManager[Any]] = nullcontext

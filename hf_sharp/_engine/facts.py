@@ -84,6 +84,23 @@ class StepFacts:
         """
         return {name: t for name, t in zip(self.names, vector.tensors, strict=True) if t is not None}
 
+    def check_shapes(self, named: Mapping[str, Tensor]) -> None:
+        """Refuse what was kept from a step at which a parameter had another shape.
+
+        Args:
+            named: tensors by parameter name.
+
+        Raises:
+            ValueError: naming the parameter, both shapes and the way out.
+        """
+        for name, parameter in self.parameters.items():
+            if name in named and named[name].shape != parameter.shape:
+                raise ValueError(
+                    f"The method keeps a tensor of shape {tuple(named[name].shape)} for {name}, which has the shape "
+                    f"{tuple(parameter.shape)} now: it was resized in mid-training (resize_token_embeddings). Resize "
+                    "before training, or let the method forget what it keeps: method.reset()."
+                )
+
     def vector(self, named: Mapping[str, Tensor]) -> ParamVector:
         """The vector of a dict that `named` made, where the parameters are now.
 
@@ -93,6 +110,7 @@ class StepFacts:
         Returns:
             The vector, None where the dict has nothing.
         """
+        self.check_shapes(named)
         return ParamVector(placed(named[name], p) if name in named else None for name, p in self.parameters.items())
 
     def cast(self, vector: ParamVector) -> ParamVector:

@@ -14,6 +14,7 @@ from hf_sharp._engine import rows
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.terms import like
 from hf_sharp._engine.undo import Undo
+from hf_sharp._tensors.types import Batch, Hook, Normaliser, Outputs
 
 
 class Host(ABC):
@@ -44,7 +45,7 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def normaliser(self, batches: Sequence[Any] | None) -> Any:
+    def normaliser(self, batches: Sequence[Batch] | None) -> Normaliser:
         """What the loss of some micro-batches is divided by, in a form that only this host reads.
 
         Args:
@@ -56,7 +57,9 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def backward(self, batch: Any, normaliser: Any, only: Sequence[nn.Parameter] | None, hook: Any = None) -> Tensor:
+    def backward(
+        self, batch: Batch, normaliser: Normaliser, only: Sequence[nn.Parameter] | None, hook: Hook | None = None
+    ) -> Tensor:
         """Forward and backward of one micro-batch as the loop does it, adding to `p.grad`.
 
         Args:
@@ -71,7 +74,7 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def forward(self, batch: Any) -> Any:
+    def forward(self, batch: Batch) -> Outputs:
         """The model's outputs for one micro-batch in training mode; called without gradients.
 
         Args:
@@ -82,7 +85,7 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def recompute(self, weights: Mapping[str, Tensor]) -> Any:
+    def recompute(self, weights: Mapping[str, Tensor]) -> Outputs:
         """The model called once more as in the pass that is being made, inside a hook; called without gradients.
 
         Args:
@@ -105,14 +108,14 @@ class Host(ABC):
         del batch, kept
 
     @abstractmethod
-    def row_backward(self, row: Any) -> None:
+    def row_backward(self, row: Batch) -> None:
         """Forward and backward of one row in evaluation mode with the loop's loss, on this rank alone.
 
         Args:
             row: a micro-batch of one row.
         """
 
-    def part(self, batch: Any, wanted: slice) -> Any:
+    def part(self, batch: Batch, wanted: slice) -> Batch:
         """Some rows of a micro-batch. A host whose rows belong together refuses it.
 
         Args:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hf_sharp._engine import gradients
-from hf_sharp._engine.evaluation import Evaluation, FirstPass, Hook, Names, Shift
+from hf_sharp._engine.evaluation import Evaluation, FirstPass, Names, Shift
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.mover import Mover
 from hf_sharp._engine.passes import Passes
@@ -25,6 +25,7 @@ from hf_sharp._engine.resources import Resources
 from hf_sharp._engine.tape import Tape
 from hf_sharp._engine.terms import part_of
 from hf_sharp._engine.window import Window
+from hf_sharp._tensors.types import Batch, Hook, Outputs, Reduce, Sums
 from hf_sharp._tensors.vector import ParamVector, total
 
 FORWARD = 1 / 3  # what a forward alone costs, in forward-backward passes
@@ -54,7 +55,7 @@ class Landscape:
     def __init__(
         self,
         host: Host,
-        batches: Sequence[Any] = (),
+        batches: Sequence[Batch] = (),
         measuring: bool = False,
         resources: Resources | None = None,
         size: int | None = None,
@@ -70,7 +71,7 @@ class Landscape:
     def _set_up(self, window: Window, measuring: bool) -> None:
         self.window, self.measuring = window, measuring
         self._passes = Passes(self._host, self.facts, window, self.ranks, self._resources.undo)
-        self._mover = Mover(self._host, self.facts, self._resources, measuring)
+        self._mover = Mover(self._host, self.facts, self._resources, measuring, self._tape.kept)
         self.losses: dict[str, Tensor] = {}
         self._terms: dict[str, Landscape] = {}
 
@@ -117,7 +118,7 @@ class Landscape:
     def modules(self) -> dict[str, nn.Module]:
         """The model's modules by name, sharded ones with their shards."""
         self._host.reshard()
-        return dict(self._host.model.named_modules())
+        return dict(cast("Iterator[tuple[str, nn.Module]]", self._host.model.named_modules()))
 
     def momentum(self) -> ParamVector | None:
         """The momentum that the optimizer has gathered so far, loss scale removed.
@@ -137,7 +138,7 @@ class Landscape:
 
     @plan.setter
     def plan(self, plan: FirstPass) -> None:
-        self._passes.plan = plan
+        self._passes.plan, self._passes.plainly = plan, plan.is_plain
 
     @property
     def first(self) -> Evaluation:
@@ -152,7 +153,7 @@ class Landscape:
         fraction: float = 1.0,
         only: Names | None = None,
         add: Hook | None = None,
-        reduce: Hook | None = None,
+        reduce: Reduce | None = None,
         synced: bool = True,
     ) -> Evaluation:
         """The loss and gradient at the present weights.
@@ -185,7 +186,7 @@ class Landscape:
         self._mover.there = there = self._passes.repeat(self.window.whole(), 1.0, asked)
         return there
 
-    def forward(self, reduce: Hook) -> Any:
+    def forward(self, reduce: Reduce) -> Sums:
         """The model's outputs at the present weights, without gradients, reduced micro-batch by micro-batch.
 
         Dropout is that of the first evaluation; random streams and state are left alone.
@@ -202,7 +203,7 @@ class Landscape:
         self._passes.evaluations += FORWARD
         return sum(terms[1:], start=terms[0])
 
-    def outputs_at(self, batch: Any, weights: ParamVector | None = None) -> Any:
+    def outputs_at(self, batch: Batch, weights: ParamVector | None = None) -> Outputs:
         """The model's outputs for the micro-batch being evaluated, inside `add` or `reduce`, without gradients.
 
         The draws (dropout) are those of the evaluation; random streams, state and the weights are left alone.
@@ -268,7 +269,7 @@ class Landscape:
         """
         return self._mover.at(weights)
 
-    def restored(self, weights: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    def restored(self, weights: Sequence[nn.Parameter]) -> AbstractContextManager[list[Tensor]]:
         """While open, parameters may be changed in place, frozen ones too; afterwards they are what they were."""
         return self._mover.restored(weights)
 
@@ -297,13 +298,13 @@ class Landscape:
         inner = {f"{n}_{term}": v for term, scape in self._terms.items() for n, v in scape.metrics.items()}
         return {**self._mover.metrics, **inner}
 
-    def extend(self, batches: Sequence[Any], size: int | None = None) -> None:
+    def extend(self, batches: Sequence[Batch], size: int | None = None) -> None:
         """More micro-batches for the same optimizer step; see `Window.extend`."""
         self.window.extend(batches, size)
         for term, landscape in self._terms.items():
             landscape.extend([part_of(batch, term) for batch in batches], size)
 
-    def first_pass(self, batch: Any, last: bool = False) -> Tensor:
+    def first_pass(self, batch: Batch, last: bool = False) -> Tensor:
         """One micro-batch of the step's first evaluation, called by the integration in the host's own context.
 
         Args:
@@ -315,7 +316,7 @@ class Landscape:
         """
         if self.plan.terms is None:
             return self._passes.first_pass(batch, self._planned_shift(last))
-        losses = []
+        losses: list[Tensor] = []
         for term, weight in self.plan.terms.items():
             inner = self[term]
             loss = inner._passes.first_pass_apart(part_of(batch, term), inner._planned_shift(last))
@@ -326,7 +327,7 @@ class Landscape:
     def _planned_shift(self, last: bool) -> AbstractContextManager[None]:
         shift = self.plan.shift
         if last:
-            self.plan = self.plan._replace(shift=None)  # its memory is free while the last pass runs
+            self._passes.plan = self.plan._replace(shift=None)  # its memory is free while the last pass runs
         return nullcontext() if shift is None else self.shifted(shift() if callable(shift) else shift)
 
     def _collect_first(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from hf_sharp._engine.rounding import on_grid
 from hf_sharp._tensors.shards import summed
 from hf_sharp._tensors.vector import TINY, ParamVector, chunks, wide
 
+Arrives = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None]
+
 
 @torch.no_grad()
 def measure_shift(
@@ -18,32 +20,46 @@ def measure_shift(
     saved: Sequence[Tensor],
     steps: Sequence[Tensor],
     grids: Sequence[torch.dtype | None],
+    through: Sequence[Arrives | None],
 ) -> dict[str, Tensor]:
-    """How much of the intended shift a forward sees: of 16-bit weights most of it can round away.
+    """How much of the intended shift a forward sees: of 16-bit and quantised weights most of it can round away.
 
     Args:
         weights: the shifted weights w'.
         saved: the weights w before the shift.
         steps: the intended shift e.
         grids: the 16-bit format in which a forward sees each weight, None for all of it.
+        through: of a weight that a forward sees through a function, what gives the shift that it sees and the one that
+            it should see, from w', w and e; None for other weights.
 
     Returns:
         `sharp_component` = <w' - w, e> / |e|^2, which should be 1, and `sharp_noise` = |w' - w - e| / |e|; 1 and 0
         for e = 0.
     """
     along, length, noise = [], [], []
-    for weight, old, step, grid in zip(weights, saved, steps, grids, strict=True):
-        for new, before, part in chunks(weight.detach(), old, step):
-            wanted, real = wide(part), on_grid(new, grid) - on_grid(before, grid)
+    for weight, old, step, grid, arrives in zip(weights, saved, steps, grids, through, strict=True):
+        for real, wanted in _shifts(weight, old, step, grid, arrives):
             along.append((weight, (real * wanted).sum()))
             length.append((weight, wanted.square().sum()))
-            noise.append((weight, real.sub_(wanted).square().sum()))
+            noise.append((weight, (real - wanted).square().sum()))
     squared = summed(length)
     component, rest = summed(along) / squared, (summed(noise) / squared).sqrt()
     return {
         "sharp_component": torch.where(squared == 0, torch.ones_like(component), component),
         "sharp_noise": torch.where(squared == 0, torch.zeros_like(rest), rest),
     }
+
+
+def _shifts(
+    weight: Tensor, old: Tensor, step: Tensor, grid: torch.dtype | None, arrives: Arrives | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The shift that a forward sees and the one that it should see, in parts."""
+    seen = None if arrives is None else arrives(weight, old, step)
+    if seen is not None:
+        yield wide(seen[0]), wide(seen[1])
+        return
+    for new, before, part in chunks(weight.detach(), old, step):
+        yield on_grid(new, grid) - on_grid(before, grid), wide(part)
 
 
 @torch.no_grad()
@@ -66,7 +82,8 @@ def measure_gradient(
     Returns:
         cos(g_s, e), <g_s, e> and |e|^2.
     """
-    along, length = [], []
+    along: list[tuple[Tensor, Tensor]] = []
+    length: list[tuple[Tensor, Tensor]] = []
     for weight, old, grad, grid in zip(weights, saved, grads, grids, strict=True):
         gradient = torch.zeros_like(old) if grad is None else grad
         for new, before, part in chunks(weight.detach(), old, gradient):

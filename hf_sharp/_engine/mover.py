@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from hf_sharp._engine.evaluation import Evaluation, Shift
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
-from hf_sharp._engine.measure import measure_gradient, measure_shift
+from hf_sharp._engine.measure import Arrives, measure_gradient, measure_shift
 from hf_sharp._engine.resources import Resources
 from hf_sharp._engine.rounding import move_rounded_
+from hf_sharp._engine.seen import seen_through, shift_seen
 from hf_sharp._engine.weights import displaced
 from hf_sharp._tensors.shards import shard_of
 from hf_sharp._tensors.vector import ParamVector, copy_, move_
@@ -27,14 +29,23 @@ class Mover:
         facts: of the step.
         resources: memory for copies, the list of what is out of its place, the rounding.
         measuring: whether this step's metrics are wanted.
+        kept: a context in which nothing leaves a trace in random streams and state.
 
     Attributes:
         metrics: what was measured of the last shift, 0-dim tensors by name.
         there: the last evaluation of the whole window inside the innermost shift.
     """
 
-    def __init__(self, host: Host, facts: StepFacts, resources: Resources, measuring: bool) -> None:
+    def __init__(
+        self,
+        host: Host,
+        facts: StepFacts,
+        resources: Resources,
+        measuring: bool,
+        kept: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self._host, self._facts, self._resources, self._measuring = host, facts, resources, measuring
+        self._kept = kept
         self.metrics: dict[str, Tensor] = {}
         self.there: Evaluation | None = None
         self._here: Tensor | None = None
@@ -49,7 +60,7 @@ class Mover:
         self._here, self._draw = here, 1
 
     @contextmanager
-    def shifted(self, shift: Shift | ParamVector) -> Iterator[None]:
+    def shifted(self, shift: Shift | ParamVector) -> Generator[None]:
         """See `Landscape.shifted`; epsilon is not kept."""
         epsilon, slope = shift if isinstance(shift, Shift) else (shift, None)
         where = [index for index, step in enumerate(epsilon.tensors) if step is not None]
@@ -63,7 +74,7 @@ class Mover:
         with self.restored(weights) as saved:
             self._move(weights, steps, grids, names)
             if self._measuring:
-                self.metrics |= measure_shift(weights, saved, steps, grids)
+                self.metrics |= measure_shift(weights, saved, steps, grids, self._through(weights))
             del steps
             self.there = None
             self._forget_old_weights()
@@ -75,7 +86,7 @@ class Mover:
         self._draw += 1 if self._draw else 0
 
     @contextmanager
-    def at(self, values: ParamVector) -> Iterator[None]:
+    def at(self, values: ParamVector) -> Generator[None]:
         """See `Landscape.at`."""
         pairs = zip(self._facts.parameters.values(), values.tensors, strict=True)
         present = [parameter for parameter, value in pairs if value is not None]
@@ -111,6 +122,12 @@ class Mover:
             if grid is not None and by_chance:
                 tag = f"round/{self._draw}/{name}{shard_of(weight)}"
                 move_rounded_(weight, step, grid, self._facts.random(tag, weight.device))
+
+    def _through(self, weights: Sequence[nn.Parameter]) -> list[Arrives | None]:
+        """For each weight that a forward sees through a function (a quantiser), what measures its shift."""
+        seen = seen_through(self._host.model.modules())
+        functions = [seen[id(weight)].function if id(weight) in seen else None for weight in weights]
+        return [None if f is None else partial(shift_seen, f, kept=self._kept) for f in functions]
 
     def _note(self, there: Evaluation, slope: Tensor | None, seen: tuple[Tensor, Tensor, Tensor]) -> None:
         self.metrics["sharp_cos"], along, squared = seen

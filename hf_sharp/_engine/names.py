@@ -10,7 +10,13 @@ from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
-MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING"})()  # stands for a name that there is not
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING: Any = _Missing()  # stands for a name that there is not
 PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None)})  # nothing inside; told apart first, for speed
 
 

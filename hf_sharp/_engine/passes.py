@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sharp._engine import gradients
-from hf_sharp._engine.evaluation import Evaluation, FirstPass, Hook, Names
+from hf_sharp._engine import gradients, rows
+from hf_sharp._engine.evaluation import Evaluation, FirstPass, Names
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.ranks import Ranks
 from hf_sharp._engine.undo import Undo
 from hf_sharp._engine.window import Pass, Window
+from hf_sharp._tensors.types import Batch, Hook, Outputs, Reduce, Sums
 from hf_sharp._tensors.vector import ParamVector, total
 
 REPEATED = (
@@ -50,7 +50,7 @@ class Passes:
         self.plan = FirstPass()
         self.evaluations = 0.0
         self._first_losses: list[Tensor] = []
-        self._sums: list[Any] = []  # what `reduce` gave for the micro-batches of the evaluation being made
+        self._sums: list[Sums] = []  # what `reduce` gave for the micro-batches of the evaluation being made
         self._first: Evaluation | None = None
         self.plainly = True
         self._lacking: set[str] = set()  # parameters that a backward towards a subset gave nothing
@@ -59,7 +59,7 @@ class Passes:
 
     # --- the first evaluation ----------------------------------------------------------------------------------------
 
-    def first_pass(self, batch: Any, shifted: AbstractContextManager[None]) -> Tensor:
+    def first_pass(self, batch: Batch, shifted: AbstractContextManager[None]) -> Tensor:
         """One micro-batch of it.
 
         Args:
@@ -70,15 +70,13 @@ class Passes:
             The loss that the host logs.
         """
         plan = self.plan
-        if not self._window.passed:
-            self.plainly = plan.is_plain
         with plan.within(), shifted, nullcontext() if plan.synced else self._host.unsynced():
             hook = self.hook(plan.add, plan.reduce)
             loss = self._window.first_pass(batch, self._parameters(plan.only), hook)
         self._first_losses.append(loss)
         return loss
 
-    def first_pass_apart(self, batch: Any, shifted: AbstractContextManager[None]) -> Tensor:
+    def first_pass_apart(self, batch: Batch, shifted: AbstractContextManager[None]) -> Tensor:
         """The same, the gradients being kept out of the way of other terms'.
 
         Args:
@@ -138,7 +136,7 @@ class Passes:
         too_little = planned is not None and (asked.only is None or not set(asked.only) <= set(planned))
         unsynced = asked.synced != self.plan.synced and self._facts.ranks > 1
         if too_little or asked.add is not None or asked.reduce is not None or unsynced:
-            raise RuntimeError("The first evaluation gives what `Method.plan_first_pass` opened it for, no more.")
+            raise RuntimeError("The first evaluation gives what `Method.plan_first_pass` planned it for, no more.")
         first, self._first = self._first, None
         assert first is not None
         self.evaluations += 1
@@ -185,12 +183,13 @@ class Passes:
         with self._window.kept(), self._evaluation_mode():
             for row in singles[:samples]:
                 self.clear()
-                self._host.row_backward(row)
+                with rows.kept(row):
+                    self._host.row_backward(row)
                 self.evaluations += 1 / len(singles)
                 yield self._collect(None)
 
     @contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
+    def _evaluation_mode(self) -> Generator[None]:
         modes = [(module, module.training) for module in self._host.model.modules()]
 
         def put_back() -> None:
@@ -201,7 +200,7 @@ class Passes:
             self._host.model.eval()
             yield
 
-    def hook(self, add: Hook | None, reduce: Hook | None) -> Hook | None:
+    def hook(self, add: Hook | None, reduce: Reduce | None) -> Hook | None:
         """What the host is to call with the outputs.
 
         Args:
@@ -214,7 +213,7 @@ class Passes:
         if add is None and reduce is None:
             return None
 
-        def hook(outputs: Any, batch: Any) -> Any:
+        def hook(outputs: Outputs, batch: Batch) -> Tensor | None:
             if reduce is not None:
                 with torch.no_grad():
                     self._sums.append(reduce(outputs, batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def _which(device: torch.device) -> tuple[torch.device, ...]:
 
 
 @contextmanager
-def streams_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+def streams_kept(devices: Iterable[torch.device]) -> Generator[None]:
     """Whatever is drawn inside, the random streams afterwards are what they were before.
 
     Args:

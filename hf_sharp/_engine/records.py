@@ -14,15 +14,17 @@ from hf_sharp._engine.names import MISSING, Before, restore_names
 from hf_sharp._engine.watched import Seen, copied, write
 
 Names = dict[str, Any]
+Renaming = tuple[Names, Names, tuple[str, ...]]  # a dict, its earlier values, its order if that counts
+Content = tuple[Any, Kind, Any]  # an object, how it is looked after, a copy of what it held
 
 
 @dataclass
 class Record:
     """The state before a pass: shallow copies, to be handed to `ForwardState.changes`."""
 
-    names: list[Before] = field(default_factory=list)
-    contents: list[tuple[Any, Kind, Any]] = field(default_factory=list)
-    tensors: list[Seen] = field(default_factory=list)
+    names: list[Before] = field(default_factory=list[Before])
+    contents: list[Content] = field(default_factory=list[Content])
+    tensors: list[Seen] = field(default_factory=list[Seen])
 
     def clear(self) -> None:
         """Keep nothing alive."""
@@ -34,9 +36,9 @@ class Record:
 class Change:
     """What a pass moved, with its earlier values; false if it moved nothing."""
 
-    names: list[tuple[Names, Names, tuple[str, ...]]] = field(default_factory=list)
-    contents: list[tuple[Any, Kind, Any]] = field(default_factory=list)
-    tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    names: list[Renaming] = field(default_factory=list[Renaming])
+    contents: list[Content] = field(default_factory=list[Content])
+    tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
 
     def __bool__(self) -> bool:
         return bool(self.names or self.contents or self.tensors)
@@ -74,8 +76,8 @@ def together(changes: Sequence[Change]) -> Change:
     Returns:
         The change; undoing it is undoing them from the last to the first.
     """
-    names: dict[int, tuple[Names, Names, tuple[str, ...]]] = {}
-    contents: dict[tuple[int, int], tuple[Any, Kind, Any]] = {}
+    names: dict[int, Renaming] = {}
+    contents: dict[tuple[int, int], Content] = {}
     tensors: dict[int, tuple[Tensor, Tensor]] = {}
     for change in changes:
         for where, earlier, order in change.names:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage] (there is no public base)
 
 from hf_sharp._tensors.shards import sharded
 from hf_sharp._tensors.vector import chunks, wide
@@ -60,8 +60,9 @@ def cast_by_autocast(modules: Iterable[nn.Module]) -> set[int]:
     """
     modules = list(modules)
     matrices = [m for m in modules if isinstance(m, nn.Linear | _ConvNd) or type(m).__name__ == "Conv1D"]
-    tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
-    return {id(m.weight) for m in matrices} - tables
+    tables = {id(m._parameters.get("weight")) for m in modules if isinstance(m, nn.Embedding)}
+    # Read where parameters are kept: `m.weight` of a parametrized module is made anew, and may move its state.
+    return {id(m._parameters["weight"]) for m in matrices if m._parameters.get("weight") is not None} - tables
 
 
 def grids_of(
@@ -81,7 +82,7 @@ def grids_of(
     Returns:
         Formats by the same names, None where all of a parameter is seen.
     """
-    cast = set() if autocast is None else cast_by_autocast(modules)
+    cast: set[int] = set() if autocast is None else cast_by_autocast(modules)
     grids: dict[str, torch.dtype | None] = {}
     for name, parameter in parameters.items():
         dtype = (gathered if sharded(parameter) else None) or parameter.dtype

@@ -4,14 +4,17 @@ Buffers, attributes of modules, frozen parameters, generators, what a loss objec
 pass all of it is copied shallowly; after the pass only what moved is kept. Later passes go back by it.
 """
 
+# pyright: reportPrivateUsage=false
+# The dicts in which a module keeps its buffers, parameters and children have no public name.
+
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -111,7 +114,7 @@ class ForwardState:
         self._moved(before)[0].undo()
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> Generator[None]:
         """Whatever moves inside is afterwards what it was before; a large integer buffer that moved is an error.
 
         Yields:
@@ -209,7 +212,8 @@ class ForwardState:
             if isinstance(root, nn.Module):
                 modules += root.named_modules(memo, name)
         self._inside = {id(module) for _, module in modules}
-        modules += [found for name, module in hidden.values() for found in module.named_modules(memo, name)]
+        for name, module in hidden.values():
+            modules += cast("Iterator[tuple[str, nn.Module]]", module.named_modules(memo, name))
         owners = [(name, type(module).__name__, module) for name, module in modules]
         self._children = NamesOf([(name, cls, module._modules) for name, cls, module in owners])
         self._attributes = NamesOf(
@@ -247,10 +251,11 @@ class ForwardState:
         if isinstance(root, FunctionType):
             for key in ("__closure__", "__defaults__", "__kwdefaults__"):
                 walk.attribute(name, cls, key, getattr(root, key))
-        names = getattr(root, "__dict__", None)
-        if not isinstance(names, dict) or isinstance(root, partial):
+        found, bound = getattr(root, "__dict__", None), isinstance(root, partial)
+        if not isinstance(found, dict) or bound:
             walk.attribute(name, cls, "self", root)
             return
+        names = cast("dict[str, Any]", found)
         walk.record.contents.append((names, NAMES, dict(names)))
         for key, value in names.items():
             if type(value) not in self._reader.dull and key not in self._without:

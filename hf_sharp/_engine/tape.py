@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from hf_sharp._engine import rows
 from hf_sharp._engine.random_state import RandomState
 from hf_sharp._engine.records import Change, Record
 from hf_sharp._engine.resources import Resources
+from hf_sharp._tensors.types import Batch
+
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -20,11 +24,13 @@ class Entry(NamedTuple):
     Attributes:
         draws: the random streams.
         versions: how often the batch's tensors had been changed in place.
+        copies: the values of those that models change in place.
         change: what the pass then moved, with the values of before.
     """
 
     draws: RandomState
     versions: dict[str, int]
+    copies: dict[str, Tensor]
     change: Change
 
 
@@ -44,7 +50,7 @@ class Tape:
         self._present: RandomState | None = None  # the draws of the pass that is being made, from its beginning
 
     @contextmanager
-    def recording(self, batch: Any) -> Iterator[int]:
+    def recording(self, batch: Batch) -> Generator[int]:
         """While open, a micro-batch makes its first pass, which moves streams and state on.
 
         Args:
@@ -53,16 +59,13 @@ class Tape:
         Yields:
             The number of its entry.
         """
-        draws, versions, before = (
-            RandomState.record(self._devices),
-            rows.versions(batch),
-            self._resources.state.record(),
-        )
+        draws, before = RandomState.record(self._devices), self._resources.state.record()
+        versions, copies = rows.versions(batch), rows.copies(batch)
         self._present, self._begun = draws, before
         with self._resources.undo.region(self._put_back_begun):  # before what is out of its place around the pass
             yield len(self._entries)
             self._begun = change = self._resources.state.changes(before)
-            self._entries.append(Entry(draws, versions, change))
+            self._entries.append(Entry(draws, versions, copies, change))
             self._begun = None
 
     def _put_back_begun(self) -> None:
@@ -83,7 +86,7 @@ class Tape:
         self._entries = []
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> Generator[None]:
         """While open, passes leave no trace: streams and state are afterwards what they were before.
 
         Yields:
@@ -98,28 +101,34 @@ class Tape:
         ):
             yield
 
-    def rewind(self, number: int, batch: Any) -> None:
-        """Inside `kept`: draws and state are as they were when a first pass began.
+    def inputs(self, number: int, batch: Any) -> AbstractContextManager[None]:
+        """While open, a micro-batch is what it was when its first pass began; afterwards what that pass made of it.
 
         Args:
             number: of the entry.
             batch: the micro-batch.
 
-        Raises:
-            RuntimeError: if its tensors were changed in place since.
+        Returns:
+            The context.
         """
         entry = self._entries[number]
-        moved = [key for key, version in rows.versions(batch).items() if entry.versions.get(key) != version]
-        if moved:
-            raise RuntimeError(
-                f"The model or the loss changes its inputs in place ({', '.join(moved)}), so a second pass would see "
-                "other data than the first. Change a copy of them."
-            )
+        return rows.kept(batch, entry.copies, entry.versions)
+
+    def rewind(self, number: int, batch: Any) -> None:
+        """Inside `kept`: draws, state and the micro-batch are as they were when a first pass began.
+
+        Args:
+            number: of the entry.
+            batch: the micro-batch.
+        """
+        entry = self._entries[number]
+        rows.set_values(rows.changed(batch, entry.copies, entry.versions), entry.copies)
+        self._entries[number] = entry = entry._replace(versions=rows.versions(batch))
         self._resources.state.rewind([later.change for later in self._entries[number:]])
         self._present = entry.draws
         entry.draws.restore()
 
-    def aside(self, work: Callable[[], Any]) -> Any:
+    def aside(self, work: Callable[[], T]) -> T:
         """Do something in the middle of a pass, with the draws of that pass and without a trace.
 
         Args:

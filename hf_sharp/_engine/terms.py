@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hf_sharp._tensors.types import Batch, is_mapping
+
 
 class TermBatch(dict[str, Any]):
     """A batch that knows which term of the loss is meant.
@@ -19,7 +21,7 @@ class TermBatch(dict[str, Any]):
         self.term = term
 
 
-def term_of(batch: Any) -> str | None:
+def term_of(batch: Batch) -> str | None:
     """The term of the loss that a batch is for.
 
     Args:
@@ -31,7 +33,7 @@ def term_of(batch: Any) -> str | None:
     return batch.term if isinstance(batch, TermBatch) else None
 
 
-def like(part: Any, batch: Any) -> Any:
+def like(part: Batch, batch: Batch) -> Batch:
     """What was made of a batch, for the same term.
 
     Args:
@@ -42,10 +44,10 @@ def like(part: Any, batch: Any) -> Any:
         The part, which knows the term if the batch does.
     """
     term = term_of(batch)
-    return part if term is None or not isinstance(part, Mapping) else TermBatch(part, term)
+    return part if term is None or not is_mapping(part) else TermBatch(part, term)
 
 
-def part_of(batch: Any, term: str) -> Any:
+def part_of(batch: Batch, term: str) -> Batch:
     """A term's part of a batch.
 
     Args:
@@ -58,11 +60,11 @@ def part_of(batch: Any, term: str) -> Any:
     Raises:
         ValueError: if there is none.
     """
-    if not isinstance(batch, Mapping) or term not in batch:
-        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+    if not is_mapping(batch) or term not in batch:
+        keys = ", ".join(map(str, batch)) if is_mapping(batch) else type(batch).__name__
         raise ValueError(
             f"There is no term '{term}' in this batch, which has {keys}. A loss of named terms takes batches like "
             f"{{'{term}': {{...}}, ...}}, from your data collator with remove_unused_columns=False."
         )
     part = batch[term]
-    return TermBatch(part, term) if isinstance(part, Mapping) else part
+    return TermBatch(part, term) if is_mapping(part) else part

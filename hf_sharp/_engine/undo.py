@@ -7,7 +7,7 @@ here how to undo it, and the outermost handler of a step undoes what is still en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 
@@ -15,10 +15,10 @@ class Undo:
     """The open regions of a step, the innermost last. An action is idempotent: it may be cut off and run again."""
 
     def __init__(self) -> None:
-        self._actions: list[tuple[Callable[[], None]]] = []  # each in a tuple of its own, by which it is known again
+        self._actions: list[tuple[Callable[[], object]]] = []  # each in a tuple of its own, by which it is known again
 
     @contextmanager
-    def region(self, action: Callable[[], None]) -> Iterator[None]:
+    def region(self, action: Callable[[], object]) -> Generator[None]:
         """While open, something is out of its place.
 
         Args:

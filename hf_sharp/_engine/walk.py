@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -26,10 +26,10 @@ class Reader:
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
         self.left: set[str] = set()  # attributes that are too large
-        self.dull: set[type] = set(PLAIN)  # classes whose objects are not looked into
-        self._aspects: dict[type, tuple[Aspect, ...]] = {}
+        self.dull: set[type[Any]] = set(PLAIN)  # classes whose objects are not looked into
+        self._aspects: dict[type[Any], tuple[Aspect, ...]] = {}
 
-    def aspects(self, cls: type) -> tuple[Aspect, ...]:
+    def aspects(self, cls: type[Any]) -> tuple[Aspect, ...]:
         """What the objects of a class have that may move.
 
         Args:
@@ -73,7 +73,7 @@ class Walk:
             if seen is not None:
                 self.record.tensors.append(seen)
 
-    def attribute(self, owner: str, cls: str, key: str, value: Any) -> None:
+    def attribute(self, owner: str, cls: str, key: str, value: object) -> None:
         """Copy the containers and note the tensors in an attribute, at any depth.
 
         Args:
@@ -83,12 +83,13 @@ class Walk:
             value: its value.
         """
         left, dull = self.reader.left, self.reader.dull
-        if type(value) is tuple and dull.issuperset(map(type, value)):
+        if type(value) is tuple and dull.issuperset(map(type, cast("tuple[object, ...]", value))):
             return  # shapes and sizes, of which models have many
         name = f"{owner}.{key}"
         if key in UNREAD or name in left:
             return
-        record, waiting, entries = self.record, [(name, value)], 0
+        record, entries = self.record, 0
+        waiting: list[tuple[str, object]] = [(name, value)]
         start = len(record.contents), len(record.tensors)
         while waiting:
             name, item = waiting.pop()
@@ -103,7 +104,7 @@ class Walk:
                 continue
             for part, kind in self.reader.aspects(type(item)):
                 held = part(item)
-                copy = kind.take(held)
+                copy: object = kind.take(held)
                 entries += kind.size(copy)
                 if entries > LARGEST:
                     del record.contents[start[0] :], record.tensors[start[1] :]
@@ -111,7 +112,7 @@ class Walk:
                     _warn_large(cls, key)
                     return
                 record.contents.append((held, kind, copy))
-                if type(copy) is list and dull.issuperset(map(type, copy)):
+                if type(copy) is list and dull.issuperset(map(type, cast("list[object]", copy))):
                     continue  # long lists of numbers, half as dear as below
                 waiting += [(f"{name}.{inner}", v) for inner, v in kind.inside(copy) if type(v) not in dull]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -63,7 +63,7 @@ def _empty(weight: Tensor, buffer: Tensor | None) -> Tensor:
 @contextmanager
 def displaced(
     weights: Sequence[nn.Parameter], pool: Pool, undo: Undo, moved: Callable[[], None]
-) -> Iterator[list[Tensor]]:
+) -> Generator[list[Tensor]]:
     """Whatever happens to the weights inside, their values are copied back at the end.
 
     The copies exist before anything can move.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from hf_sharp._engine import rows
-from hf_sharp._engine.evaluation import Hook
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.tape import Tape
+from hf_sharp._tensors.types import Batch, Hook, Normaliser, Outputs, is_mapping
 
 
 class Pass(NamedTuple):
@@ -23,8 +23,8 @@ class Pass(NamedTuple):
         entry: where the tape has the beginning of its first pass; None for rows that draw afresh.
     """
 
-    batch: Any
-    normaliser: Any
+    batch: Batch
+    normaliser: Normaliser
     entry: int | None
 
 
@@ -45,7 +45,7 @@ class Window:
     """
 
     def __init__(
-        self, host: Host, tape: Tape, batches: Sequence[Any] = (), size: int | None = None, apart: bool = False
+        self, host: Host, tape: Tape, batches: Sequence[Batch] = (), size: int | None = None, apart: bool = False
     ) -> None:
         self._host = host
         self._tape = tape
@@ -53,11 +53,11 @@ class Window:
         self.batches = list(batches)
         self._size = len(self.batches) if size is None else size
         self._group_starts = [0]
-        self._group_normalisers: dict[int, Any] = {}
+        self._group_normalisers: dict[int, Normaliser] = {}
         self._first: list[Pass] = []
         self.current = 0
 
-    def extend(self, batches: Sequence[Any], size: int | None = None) -> None:
+    def extend(self, batches: Sequence[Batch], size: int | None = None) -> None:
         """More micro-batches for the same optimizer step: the loop announced a window before this one had ended.
 
         Args:
@@ -80,7 +80,7 @@ class Window:
         return len(self._first)
 
     @property
-    def group(self) -> tuple[int, list[Any]]:
+    def group(self) -> tuple[int, list[Batch]]:
         """The announced group of the micro-batch that a pass is being made over: its number and its micro-batches."""
         number = max(i for i, start in enumerate(self._group_starts) if start <= self.current)
         ends = [*self._group_starts[1:], len(self.batches)]
@@ -88,7 +88,7 @@ class Window:
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
-    def first_pass(self, batch: Any, only: Sequence[nn.Parameter] | None, hook: Hook | None) -> Tensor:
+    def first_pass(self, batch: Batch, only: Sequence[nn.Parameter] | None, hook: Hook | None) -> Tensor:
         """The next micro-batch's first pass, which moves random streams and state on as the host's own would.
 
         Args:
@@ -106,7 +106,7 @@ class Window:
             self._first.append(Pass(batch, normaliser, entry))
             return self._host.backward(batch, normaliser, only, hook)
 
-    def _normaliser(self) -> Any:
+    def _normaliser(self) -> Normaliser:
         if not self._apart:
             return self._host.normaliser(None)
         number, batches = self.group
@@ -164,38 +164,45 @@ class Window:
             The loss of each.
         """
         losses = []
-        with self._tape.kept():
+        with self.kept():
             for index, (batch, normaliser, entry) in enumerate(passes):
                 self.current = index
                 if entry is not None:
                     self._tape.rewind(entry, batch)
                 last = index + 1 == len(passes)
-                with self._reduction(apart, last, sharded):
+                with rows.kept(batch) if entry is None else nullcontext(), self._reduction(apart, last, sharded):
                     losses.append(self._host.backward(batch, normaliser, only, hook))
         return losses
 
-    def forwards(self) -> Iterator[tuple[Any, Any]]:
+    def forwards(self) -> Iterator[tuple[Outputs, Batch]]:
         """Forwards without a trace, with the draws of the first passes.
 
         Yields:
             The outputs of each micro-batch, and the micro-batch.
         """
-        with self._tape.kept():
+        with self.kept():
             for index, (batch, _, entry) in enumerate(self._first):
                 self.current = index
                 assert entry is not None
                 self._tape.rewind(entry, batch)
                 yield self._host.forward(batch), batch
 
-    def kept(self) -> AbstractContextManager[None]:
-        """While open, passes leave no trace in random streams and state.
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While open, passes leave no trace in random streams, state and micro-batches.
 
-        Returns:
-            The context.
+        The micro-batches are meanwhile what they were before their first passes, which may have changed ids in place.
+
+        Yields:
+            Nothing.
         """
-        return self._tape.kept()
+        with self._tape.kept(), ExitStack() as inputs:
+            for batch, _, entry in self._first:
+                if entry is not None:
+                    inputs.enter_context(self._tape.inputs(entry, batch))
+            yield
 
-    def single_rows(self) -> Iterator[Any]:
+    def single_rows(self) -> Iterator[Batch]:
         """Its rows one by one.
 
         Yields:
@@ -243,7 +250,7 @@ class Window:
             ValueError: if the batch has none.
         """
         batch = self.batches[self.current]
-        numbers = batch.get(rows.SAMPLE_INDEX) if isinstance(batch, Mapping) else None
+        numbers = batch.get(rows.SAMPLE_INDEX) if is_mapping(batch) else None
         if numbers is None:
             raise ValueError(
                 f"This method knows samples again by a column '{rows.SAMPLE_INDEX}' of the training data, which is "

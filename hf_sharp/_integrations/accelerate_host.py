@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hf_sharp._engine import rows
 from hf_sharp._engine.facts import StepFacts
 from hf_sharp._engine.host import Host
 from hf_sharp._engine.rounding import grids_of
@@ -65,11 +66,12 @@ class AcceleratorHost(Host):
         self._no_subsets: str | None = None
         self.added: Mapping[str, nn.Parameter] = MappingProxyType({})  # what the method has in the optimizer
         self._call: tuple[Any, dict[str, Any]] | None = None
+        self._inputs: tuple[dict[str, Tensor], dict[str, int]] = {}, {}
 
     @property
     @abstractmethod
     def accelerator(self) -> Any:
-        """The Accelerator."""
+        """The Accelerator that has prepared model and optimizer."""
 
     @property
     @abstractmethod
@@ -78,7 +80,7 @@ class AcceleratorHost(Host):
 
     @property
     def model(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The unwrapped model."""
+        """The model inside its wrappers, those of DDP and torch.compile."""
         return self.accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
 
     @property
@@ -102,7 +104,7 @@ class AcceleratorHost(Host):
     @property
     @abstractmethod
     def schedule(self) -> Schedule:
-        """Where the training is."""
+        """Step, lengths and learning rates, as far as the loop knows them."""
 
     def facts(self) -> StepFacts:
         """As Accelerate, the optimizer and the loop have them."""
@@ -153,7 +155,7 @@ class AcceleratorHost(Host):
 
     @property
     def sharded(self) -> bool:
-        """Under FSDP2."""
+        """Whether parameters are spread over ranks, as FSDP2 does it."""
         return bool(getattr(self.accelerator, "is_fsdp2", False))
 
     def recompute(self, weights: Mapping[str, Tensor]) -> Any:
@@ -163,12 +165,21 @@ class AcceleratorHost(Host):
                 "The loss does not call the model, so there are no outputs to look at. Call the model in the "
                 "loss, or use a method of gradients alone, such as SAM."
             )
-        args, keywords = self._call
+        args, keywords = self._given()
         buffers = buffer_copies(self.model)  # a graph may have saved the buffers themselves
         return functional_call(self.model, {**buffers, **weights}, args, keywords)
 
+    def _given(self) -> tuple[Any, dict[str, Any]]:
+        """What the model was called with in this pass: a forward that changes its inputs in place has another now."""
+        assert self._call is not None
+        (args, keywords), (copied, before) = self._call, self._inputs
+        moved = rows.changed({**keywords, **{str(i): arg for i, arg in enumerate(args)}}, copied, before)
+        values = {name: copied[name].clone() for name in moved}
+        args = tuple(values.get(str(index), arg) for index, arg in enumerate(args))
+        return args, {name: values.get(name, value) for name, value in keywords.items()}
+
     @contextmanager
-    def watched(self) -> Iterator[list[Any]]:
+    def watched(self) -> Generator[list[Any]]:
         """While open, the model's calls are remembered for `recompute`.
 
         Yields:
@@ -178,6 +189,8 @@ class AcceleratorHost(Host):
 
         def before(module: nn.Module, args: Any, keywords: Any) -> None:
             self._call = (args, dict(keywords))
+            named = {**keywords, **{str(index): arg for index, arg in enumerate(args)}}
+            self._inputs = rows.copies(named), rows.versions(named)
 
         handles: list[Any] = []
 
@@ -192,7 +205,7 @@ class AcceleratorHost(Host):
             yield outputs
 
     @contextmanager
-    def replaced(self, owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    def replaced(self, owner: Any, name: str, replacement: Any) -> Generator[None]:
         """While open, `owner.name` is the replacement.
 
         Args:
@@ -236,7 +249,7 @@ class AcceleratorHost(Host):
         return self._reducing(True)
 
     @contextmanager
-    def _reducing(self, wanted: bool) -> Iterator[None]:
+    def _reducing(self, wanted: bool) -> Generator[None]:
         """Afterwards what the loop has at this micro-batch; Accelerate's `no_sync` would switch reduction on."""
         kept = self.accelerator.sync_gradients or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         with self.undo.region(lambda: self.wrapped.set_requires_gradient_sync(bool(kept))):

@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from hf_sharp._engine.evaluation import Hook
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._integrations.accelerate_host import AcceleratorHost, Schedule
-from hf_sharp._integrations.attachment import Attachment
-from hf_sharp._integrations.refusals import refuse_accelerator, refuse_needs, refuse_static_graph
+from hf_sharp._integrations.attachment import Attachment, base_of
+from hf_sharp._integrations.refusals import (
+    check_method,
+    refuse_accelerator,
+    refuse_line_search,
+    refuse_needs,
+    refuse_static_graph,
+)
+from hf_sharp._integrations.states import load_state, state_of, step_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._methods.base import Method, added_by
-from hf_sharp._tensors.shards import gathered
+from hf_sharp._methods.own import check_is_method
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -43,12 +50,12 @@ class LoopHost(AcceleratorHost):
 
     @property
     def accelerator(self) -> Accelerator:
-        """The loop's."""
+        """The one that the loop was prepared by."""
         return self._accelerator
 
     @property
     def optimizer(self) -> Any:
-        """The loop's."""
+        """The loop's prepared optimizer, in Accelerate's wrapper."""
         return self._optimizer
 
     @property
@@ -66,7 +73,7 @@ class LoopHost(AcceleratorHost):
         return self.accelerator.gradient_accumulation_steps
 
     def normaliser(self, batches: Sequence[Any] | None) -> int:
-        """The number of micro-batches."""
+        """The number of micro-batches that are divided by: the loop's, or as many as are given."""
         return self.divisor if batches is None else len(batches)
 
     def backward(
@@ -166,16 +173,13 @@ class SharpStep:
         rounding: str = "stochastic",
         check_repeats: bool = True,
     ) -> None:
-        if not isinstance(method, Method):
-            raise ValueError(
-                f"method is a Method, such as sam(rho=0.05); got {method!r}. Call the preset, or build settings: "
-                "SharpConfig(method='sam').build()."
-            )
+        check_is_method(method)
         if not hasattr(optimizer, "step_was_skipped"):
             raise ValueError(
                 "SharpStep takes model and optimizer as accelerator.prepare returned them: make it after that line."
             )
         refuse_accelerator(accelerator, method)
+        refuse_line_search(base_of(optimizer))
         refuse_static_graph(method, bool(getattr(model, "static_graph", False)))
         several = accelerator.gradient_accumulation_steps > 1
         refuse_needs(
@@ -191,13 +195,7 @@ class SharpStep:
         self._host.seed, self._host.total_steps, self._host.warmup_steps = seed, total_steps, warmup_steps
         self._stepper = Stepper(method, self._host, rounding, check_repeats)
         landscape = Landscape(self._host)
-        if not landscape.facts.names:
-            raise ValueError(
-                "The optimizer holds no trainable parameter of the model, so there is nothing to perturb. Make it "
-                "from this model's parameters, some of them with requires_grad."
-            )
-        for _, part in method.named_parts():
-            part.check(landscape)
+        check_method(method, landscape, "Make the optimizer from this model's, some of them with requires_grad.")
         self._attachment = Attachment()
         self._host.added = self._attachment.parameters
         around = (self._stepper.before_update, self._stepper.after_update)
@@ -229,19 +227,20 @@ class SharpStep:
         Returns:
             A dict of numbers, a string and tensors; of sharded ones all, so every rank must call this.
         """
-        own = gathered(self.method.state_dict()) | self._attachment.state_dict()
+        own = state_of(self.method, self._attachment)
         return {"step": self._host.step, "method": repr(self.method), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; warns if that was another method.
 
+        A state that does not fit this model and method is a ValueError, and nothing is taken from it.
+
         Args:
             state: the dict.
         """
         state = dict(state)
-        self._host.step, saved = int(state.pop("step")), state.pop("method")
+        step, saved = step_of(state), state.pop("method", repr(self.method))
         if saved != repr(self.method):
             warnings.warn(f"The state is that of {saved}, and training goes on with {self.method!r}.", stacklevel=2)
-        self.method.load_state_dict(self._attachment.load_state_dict(state))
-        if self._host.sharded:
-            self.method.spread_state(Landscape(self._host))
+        load_state(state, self.method, self._attachment, Landscape(self._host))
+        self._host.step = step

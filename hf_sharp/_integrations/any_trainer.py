@@ -34,7 +34,8 @@ def make_sharp(trainer: type[Trainer]) -> type[Trainer]:
         trainer: a subclass of `transformers.Trainer`.
 
     Returns:
-        A subclass of it that takes `method=` and `rounding=`, named `Sharp` + its name; the same class on every call.
+        A subclass of it that takes `method=`, `rounding=` and `check_repeats=`, named `Sharp` + its name; the same
+        class on every call.
         To be pickled it must be found: `SharpOwn = make_sharp(Own)` in the module that defines `Own`, or a class
         statement `class Better(make_sharp(Own))` anywhere.
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sharp._perturbation.kept import check_tensor
+
 PREFIX = "added/"  # of the parameters' names in a saved state
 
 
 class Attachment:
-    """Joins a method to an optimizer, for every door alike.
+    """Joins a method to an optimizer, for every integration alike.
 
     Attributes:
         parameters: the parameters that the method trains beside the model's, by name. They are in a group of the
@@ -49,7 +51,32 @@ class Attachment:
             self.parameters.update({name: nn.Parameter(value.detach().clone()) for name, value in values.items()})
             if self.parameters:
                 self._add_group(base)
+        self._listen(base, before_update, after_update)
 
+    def attach_again(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        before_update: Callable[[], None],
+        after_update: Callable[[], None],
+    ) -> None:
+        """Listen to the copy of an optimizer that has the method's parameters in it already.
+
+        Args:
+            optimizer: a torch optimizer.
+            parameters: the method's parameters in it, by name.
+            before_update: called right before every update.
+            after_update: called right after it.
+        """
+        self.detach()
+        self._base = optimizer
+        self.parameters.clear()
+        self.parameters.update(parameters)
+        self._listen(optimizer, before_update, after_update)
+
+    def _listen(
+        self, base: torch.optim.Optimizer, before_update: Callable[[], None], after_update: Callable[[], None]
+    ) -> None:
         self._handles = [
             base.register_step_pre_hook(lambda stepping, *_: None if _skips(stepping) else before_update()),
             base.register_step_post_hook(lambda stepping, *_: None if _skips(stepping) else after_update()),
@@ -69,31 +96,39 @@ class Attachment:
         """
         return {f"{PREFIX}{name}": parameter.detach() for name, parameter in self.parameters.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the parameters' values from a state.
 
         Args:
             state: a dict that holds what `state_dict` returned, among other things.
-
-        Returns:
-            The rest of it.
         """
         self.check(state)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[PREFIX + name])
+
+    @staticmethod
+    def without(state: Mapping[str, Any]) -> dict[str, Any]:
+        """The rest of a state.
+
+        Args:
+            state: a dict that holds what `state_dict` returned, among other things.
+
+        Returns:
+            The other things.
+        """
         return {key: value for key, value in state.items() if not key.startswith(PREFIX)}
 
-    def check(self, names: Any) -> None:
+    def check(self, state: Mapping[str, Any]) -> None:
         """Refuse a state with other parameters than these.
 
         Args:
-            names: the keys of a saved state.
+            state: a saved state.
 
         Raises:
-            ValueError: if its parameters are not these.
+            ValueError: if its parameters are not these, or have other shapes or dtypes, or are not finite.
         """
-        saved = {key.removeprefix(PREFIX) for key in names if key.startswith(PREFIX)}
+        saved = {key.removeprefix(PREFIX) for key in state if key.startswith(PREFIX)}
         if saved != set(self.parameters):
             kinds = [f"{len(s)} (such as {min(s)})" if s else "none" for s in (saved, set(self.parameters))]
             raise ValueError(
@@ -101,6 +136,8 @@ class Attachment:
                 "optimizer's state cannot fit both. Resume with the method and the adapters that wrote it, or load "
                 "its weights and train without resuming."
             )
+        for name, parameter in self.parameters.items():
+            check_tensor(PREFIX + name, state[PREFIX + name], parameter.shape, parameter.dtype)
 
     def _restart(self, values: Mapping[str, Tensor]) -> None:
         assert self._base is not None

@@ -40,16 +40,18 @@ def momentum_of(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[
     return found or None
 
 
-def refuse_name(name: str) -> None:
-    """Refuse an optimizer of the Trainer by its name, before there is one.
+def refuse_name(name: str, options: str | None) -> None:
+    """Refuse an optimizer that the Trainer will make itself by its name, before there is one.
 
     Args:
-        name: as in `TrainingArguments(optim=...)`; its "sgd" and "rmsprop" have no momentum.
+        name: as in `TrainingArguments(optim=...)`; its "sgd" and "rmsprop" have no momentum unless the options say so.
+        options: as in `TrainingArguments(optim_args=...)`.
 
     Raises:
-        ValueError: if its momentum could not be read.
+        ValueError: if its momentum could not be read, whatever the options.
     """
-    if any(part in name.lower() for part in (*UNREADABLE, "bnb", "adafactor", "rmsprop", "sgd")):
+    unless_given = any(part in name.lower() for part in ("sgd", "rmsprop")) and "momentum" not in (options or "")
+    if unless_given or any(part in name.lower() for part in (*UNREADABLE, "bnb", "adafactor")):
         raise ValueError(f"The optimizer '{name}' keeps no momentum that could be read. {WAY_OUT}")
 
 

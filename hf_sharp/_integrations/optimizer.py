@@ -4,121 +4,24 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sharp._engine.evaluation import Hook
-from hf_sharp._engine.facts import StepFacts
-from hf_sharp._engine.host import Host
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._integrations.attachment import Attachment
-from hf_sharp._integrations.momentum import momentum_of
-from hf_sharp._integrations.refusals import refuse_needs
+from hf_sharp._integrations.closure_host import ClosureHost
+from hf_sharp._integrations.refusals import check_method, refuse_complex, refuse_line_search, refuse_needs
+from hf_sharp._integrations.states import load_state, state_of, step_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._methods.base import Method, added_by
-from hf_sharp._tensors.shards import gathered, sharded
+from hf_sharp._methods.own import check_is_method
 
 Closure = Callable[[], Any]
+BETWEEN = ("torch", "accelerate", "hf_sharp")  # packages whose frames stand between a user's line and a step
 SHARP = "sharp"  # the method's key in the state dict
-
-
-class ClosureHost(Host):
-    """A closure as a `Host`: it makes forward and backward of the whole batch, as torch has it.
-
-    Args:
-        optimizer: the base optimizer.
-        model: whose names and modules the method may ask for, or None.
-    """
-
-    accumulates = False
-
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module | None) -> None:
-        self.optimizer, self.step, self.seed = optimizer, 0, 0
-        self.added: Mapping[str, nn.Parameter] = {}
-        self.model = nn.Module() if model is None else model  # without one there are no buffers to look after
-        self._given, self.named = model, _names(optimizer, model)
-        self.loss: Any = None
-        self._largest = 0.0
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainables of the base optimizer's groups."""
-        own = {id(p) for p in self.added.values()}
-        held = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad and id(p) not in own]
-        if any(sharded(p) and id(p) not in self.named for p in held):  # `accelerator.prepare` has sharded the model
-            self.reshard()
-            self.named = _names(self.optimizer, self._given)
-        return {self.named.get(id(p), f"parameter {index}"): p for index, p in enumerate(held)}
-
-    def facts(self) -> StepFacts:
-        """Those of the base optimizer; no length of training is known, and a scaler is refused."""
-        parameters, first = self.parameters, self.optimizer.param_groups[0]
-        lr = float(first["lr"])
-        self._largest = max(self._largest, lr)
-        return StepFacts(
-            parameters=parameters,
-            step=self.step,
-            total_steps=None,
-            warmup_steps=None,
-            lr=lr,
-            lr_max=float(first.get("initial_lr", self._largest)),  # schedulers set it
-            loss_scale=torch.ones((), device=next((p.device for p in parameters.values()), None)),
-            seed=self.seed,
-            sharded=any(sharded(p) for p in parameters.values()),
-            added=self.added,
-            find_grids=lambda: {n: p.dtype if p.dtype.itemsize == 2 else None for n, p in parameters.items()},
-        )
-
-    def reshard(self) -> None:
-        """Of the model, where it is known; a backward has done it otherwise."""
-        for module in self.model.modules():
-            if callable(getattr(module, "reshard", None)):
-                module.reshard()  # pyright: ignore[reportCallIssue]
-
-    def normaliser(self, batches: Sequence[Any] | None) -> None:
-        """The closure divides its loss itself."""
-
-    def backward(
-        self, batch: Any, normaliser: None, only: Sequence[nn.Parameter] | None, hook: Hook | None = None
-    ) -> Tensor:
-        """The closure; all gradients, whatever is asked for."""
-        del normaliser, only, hook
-        with torch.enable_grad():
-            loss = batch()
-        self.loss = loss if self.loss is None else self.loss
-        value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(0.0 if loss is None else float(loss))
-        return value.sum()
-
-    def forward(self, batch: Any) -> Any:
-        """A closure has no outputs."""
-        raise NotImplementedError
-
-    def recompute(self, weights: Mapping[str, Tensor]) -> Any:
-        """A closure has no outputs."""
-        raise NotImplementedError
-
-    def row_backward(self, row: Any) -> None:
-        """A closure has no rows."""
-        raise NotImplementedError
-
-    def unsynced(self) -> AbstractContextManager[Any]:
-        """The closure decides."""
-        return nullcontext()
-
-    def refuse_subsets(self, reason: str) -> None:
-        """Nothing to refuse: a closure gives all gradients."""
-
-    def momentum(self) -> dict[str, Tensor] | None:
-        """The base optimizer's."""
-        return momentum_of(self.optimizer, self.parameters)
-
-    def mean_over_ranks(self, tensors: list[Tensor]) -> list[Tensor]:
-        """One process."""
-        return tensors
 
 
 class SharpOptimizer(torch.optim.Optimizer):
@@ -164,11 +67,8 @@ class SharpOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"SharpOptimizer goes around a plain torch optimizer, before accelerator.prepare; got {optimizer!r}."
             )
-        if not isinstance(method, Method):
-            raise ValueError(
-                f"method is a Method, such as sam(rho=0.05); got {method!r}. Call the preset, or build settings: "
-                "SharpConfig(method='sam').build()."
-            )
+        check_is_method(method)
+        refuse_line_search(optimizer)
         host = ClosureHost(optimizer, model)
         known = {"names"} if all(not n.startswith("parameter ") for n in host.parameters) else set()
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -182,21 +82,42 @@ class SharpOptimizer(torch.optim.Optimizer):
             "A closure hides the data, and without model= there are no names. Pass model=, or use SharpTrainer or "
             "SharpStep",
         )
-        host.seed = seed
-        self.base, self.method, self._host = optimizer, method, host
-        self._stepper, self._warned = Stepper(method, host, rounding), False
+        self._set_up(optimizer, method, host, {"seed": seed, "rounding": rounding})
         landscape = Landscape(host)
-        if not landscape.facts.names:
-            raise ValueError(
-                "The optimizer holds no trainable parameter, so there is nothing to perturb. Make it from the model's "
-                "parameters, some of them with requires_grad."
-            )
-        for _, part in method.named_parts():
-            part.check(landscape)
-        self._attachment = Attachment()
-        host.added = self._attachment.parameters
+        check_method(method, landscape, "Make the optimizer from the model's parameters, some with requires_grad.")
         around = (self._stepper.before_update, self._stepper.after_update)
         self._attachment.attach(optimizer, added_by(method, landscape), *around)
+
+    def _set_up(
+        self, base: torch.optim.Optimizer, method: Method, host: ClosureHost, settings: dict[str, Any]
+    ) -> None:
+        self.base, self.method, self._host, self._settings = base, method, host, settings
+        host.seed = settings["seed"]
+        self._stepper, self._warned = Stepper(method, host, settings["rounding"]), False
+        self._attachment = Attachment()
+        host.added = self._attachment.parameters
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made from: base, method (with what it keeps), model, settings; hooks are made anew.
+
+        Returns:
+            A dict.
+        """
+        own, given = dict(self._attachment.parameters), self._host.given
+        steps = {"step": self._host.step, "largest": self._host.largest}
+        return {"base": self.base, "method": self.method, "model": given, "added": own, **self._settings, **steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make this optimizer from what `__getstate__` gave.
+
+        Args:
+            state: that.
+        """
+        host = ClosureHost(state["base"], state["model"])
+        host.step, host.largest = state["step"], state["largest"]
+        self._set_up(state["base"], state["method"], host, {key: state[key] for key in ("seed", "rounding")})
+        around = (self._stepper.before_update, self._stepper.after_update)
+        self._attachment.attach_again(self.base, state["added"], *around)
 
     def __repr__(self) -> str:
         return f"SharpOptimizer({self.base!r}, {self.method!r})"
@@ -208,7 +129,7 @@ class SharpOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The base's."""
+        """The base's own list, so that schedulers write into what it steps by."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -217,7 +138,7 @@ class SharpOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The base's."""
+        """The base's own state, in which checkpoints and Accelerate find what they expect."""
         return self.base.state
 
     @state.setter
@@ -226,7 +147,7 @@ class SharpOptimizer(torch.optim.Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The base's."""
+        """The base's own defaults."""
         return self.base.defaults
 
     @defaults.setter
@@ -234,15 +155,20 @@ class SharpOptimizer(torch.optim.Optimizer):
         self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The base's.
+        """Add a group to the base, whose parameters the method perturbs from then on.
 
         Args:
             param_group: as torch has it.
         """
-        self.base.add_param_group(param_group)
+        members = param_group["params"]
+        members = members if isinstance(members, Tensor | set) else list(members)  # torch refuses sets by itself
+        each = [members] if isinstance(members, Tensor) else members
+        named = [member if isinstance(member, tuple) else ("of the new group", member) for member in each]
+        refuse_complex({name: parameter for name, parameter in named if parameter.requires_grad})
+        self.base.add_param_group({**param_group, "params": members})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base's.
+        """Drop the base's gradients, the method's own parameters' included.
 
         Args:
             set_to_none: as torch has it.
@@ -286,7 +212,7 @@ class SharpOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 f"SharpOptimizer.step() without a closure steps the base optimizer: {name} had no part in this "
                 "gradient. Pass a closure, or use SharpTrainer or SharpStep.",
-                stacklevel=3,
+                stacklevel=_level_of_caller(),
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,31 +221,40 @@ class SharpOptimizer(torch.optim.Optimizer):
         Returns:
             A new dict.
         """
-        own = gathered(self.method.state_dict()) | self._attachment.state_dict()
-        own = {"step": self._host.step, **own}
+        own = {"step": self._host.step, **state_of(self.method, self._attachment)}
         return {**self.base.state_dict(), SHARP: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, or the base's own state dict.
 
+        A method's state that does not fit this model and method is a ValueError, and nothing is taken from it.
+
         Args:
             state_dict: the dict.
         """
-        own = dict(state_dict.get(SHARP, {}))
+        own, landscape = dict(state_dict.get(SHARP, {})), Landscape(self._host)
         self._attachment.check(own)
+        step = step_of(own)
+        if SHARP in state_dict:
+            load_state(own, self.method, self._attachment, landscape)
+        else:
+            self.method.reset()
+        self._host.step = step
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != SHARP})
-        self._host.step = int(own.pop("step", 0))
-        self.method.load_state_dict(self._attachment.load_state_dict(own))
 
 
-def _names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[int, str]:
-    if model is not None:
-        return {id(p): name for name, p in model.named_parameters()}
-    return {
-        id(p): name
-        for group in optimizer.param_groups
-        for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
-    }
+def _level_of_caller() -> int:
+    """The `stacklevel` of the line outside of torch, Accelerate and this library that led to the warning here.
+
+    Schedulers and Accelerate wrap `step`, so that how far up that line stands differs.
+
+    Returns:
+        The level.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in BETWEEN:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _under_scaler() -> bool:

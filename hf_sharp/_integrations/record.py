@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -151,7 +151,7 @@ def tell_trackers(handler: Any, columns: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _said_by(arguments: Any, columns: Mapping[str, Any]) -> Iterator[None]:
+def _said_by(arguments: Any, columns: Mapping[str, Any]) -> Generator[None]:
     """While open, `arguments.to_dict()` has the columns too."""
     original = arguments.to_dict
     arguments.to_dict = lambda: {**original(), **columns}

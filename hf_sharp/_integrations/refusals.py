@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import inspect
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import Tensor
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
+from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
 from hf_sharp._perturbation.part import Part
 from hf_sharp._tensors.shards import sharded
@@ -138,6 +141,59 @@ def refuse_accelerator(accelerator: Accelerator, method: Method) -> None:
         )
 
 
+def check_method(method: Method, landscape: Landscape, way_out: str) -> None:
+    """Refuse, before training, a model that a method cannot be right for; every integration asks this.
+
+    Args:
+        method: the method.
+        landscape: the model's landscape, without data.
+        way_out: what to do where there is no trainable parameter.
+
+    Raises:
+        ValueError: naming what stands in the way and the way out.
+    """
+    if not landscape.facts.names:
+        raise ValueError(f"There is no trainable parameter, so there is nothing to perturb. {way_out}")
+    refuse_complex(landscape.facts.parameters)
+    for _, part in method.named_parts():
+        part.check(landscape)
+
+
+def refuse_complex(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse trainable complex parameters: products of vectors would need a conjugate, balls and masks an order.
+
+    Args:
+        parameters: the trainables by name.
+
+    Raises:
+        ValueError: naming the first complex one and the way out.
+    """
+    for name, parameter in parameters.items():
+        if parameter.is_complex():
+            raise ValueError(
+                f"The trainable parameter '{name}' is complex ({parameter.dtype}), for which the methods are not "
+                "defined. Keep its real and imaginary parts in a real parameter (torch.view_as_real) and make it "
+                "complex in the forward (torch.view_as_complex), or freeze it."
+            )
+
+
+def refuse_line_search(optimizer: Any) -> None:
+    """Refuse an optimizer that makes passes of its own, such as LBFGS: it cannot step on a gradient that it is given.
+
+    Args:
+        optimizer: a torch optimizer.
+
+    Raises:
+        ValueError: naming it and the way out.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} calls the closure itself, several times a step, and so cannot step on a "
+            "method's gradient. Use an optimizer that steps on the gradient it finds, such as SGD or AdamW."
+        )
+
+
 def refuse_static_graph(method: Method, static: bool) -> None:
     """Refuse passes that DDP does not reduce where it was told that all its passes are alike.
 
@@ -171,7 +227,7 @@ WANTED = {
     "warmup": "the length of the learning rate's warm-up",
     "ranks": "gradients before they are reduced over ranks",
 }
-WAYS_OUT = {  # of needs that do not hang on how a door meets the data
+WAYS_OUT = {  # of needs that do not hang on how an integration meets the data
     "length": "Give it as total_steps= of SharpStep or steps= of the schedule, or use SharpTrainer",
     "warmup": "Give it as warmup_steps= of SharpStep or steps= of ZeroDuringWarmup, or use SharpTrainer",
     "ranks": "Use SharpTrainer, SharpStep or per_rank=False",
@@ -180,11 +236,11 @@ WAYS_OUT = {  # of needs that do not hang on how a door meets the data
 
 
 def refuse_needs(method: Method, provided: Collection[str], way_out: str) -> None:
-    """Refuse a method that needs what a door cannot give.
+    """Refuse a method that needs what an integration cannot give.
 
     Args:
         method: the method.
-        provided: what the door can give, keys of `WANTED`.
+        provided: what the integration can give, keys of `WANTED`.
         way_out: why, and what to do about a need that has no way out of its own.
 
     Raises:

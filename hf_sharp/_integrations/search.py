@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -35,7 +35,7 @@ def divide(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @contextmanager
-def settings_apart(trainer: Any, trial: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+def settings_apart(trainer: Any, trial: Any) -> Generator[tuple[Any, dict[str, Any]]]:
     """While open, the Trainer finds its own arguments in a trial and nothing else.
 
     Ray and W&B hand over a dict of values; Optuna a trial, from which the Trainer's `hp_space` makes one.

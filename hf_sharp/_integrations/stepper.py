@@ -14,6 +14,7 @@ from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.resources import Resources
 from hf_sharp._engine.switches import Switches
 from hf_sharp._methods.base import Method
+from hf_sharp._methods.own import settings_stay
 from hf_sharp._perturbation.part import State
 from hf_sharp._tensors.vector import ParamVector
 
@@ -175,9 +176,10 @@ class Stepper:
         self._landscape = landscape
         gradients.clear(landscape.facts.added.values())  # no loop clears these, and at some steps they get none
         self._take_earlier(landscape)
-        for _, part in self.method.named_parts():
-            part.begin(landscape)
-        landscape.plan = self.method.plan_first_pass(landscape)
+        with settings_stay(self.method):
+            for _, part in self.method.named_parts():
+                part.begin(landscape)
+            landscape.plan = self.method.plan_first_pass(landscape)
         return landscape
 
     def _take_earlier(self, landscape: Landscape) -> None:
@@ -191,7 +193,8 @@ class Stepper:
         if self._check:
             self._check = False
             landscape.compare_repetition()
-        evaluation = checked(self.method.gradient(landscape), self.method)
+        with settings_stay(self.method):
+            evaluation = checked(self.method.gradient(landscape), self.method)
         if self._earlier is not None:
             evaluation = evaluation.with_grad(evaluation.grad.add(self._earlier))
         grad = landscape.hand_over(evaluation)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
@@ -21,15 +21,17 @@ from transformers import Seq2SeqTrainer, Trainer
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._engine.rows import SAMPLE_INDEX
 from hf_sharp._engine.terms import like, term_of
-from hf_sharp._integrations.attachment import Attachment
+from hf_sharp._integrations.attachment import Attachment, base_of
+from hf_sharp._integrations.notes import seen_weights, uncompiled
 from hf_sharp._integrations.record import card_section, columns_of, differences, record_of, tell_trackers
-from hf_sharp._integrations.refusals import refuse
+from hf_sharp._integrations.refusals import check_method, refuse, refuse_line_search
 from hf_sharp._integrations.search import searched, settings_apart
+from hf_sharp._integrations.states import load_state, read_state, state_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._integrations.trainer_host import TrainerHost
 from hf_sharp._methods.base import added_by
+from hf_sharp._methods.own import check_class
 from hf_sharp._presets.config import MethodLike, read_method, read_record
-from hf_sharp._tensors.shards import gathered
 
 logger = logging.getLogger(__name__)
 CONFIG_NAME, STATE_NAME = "sharp_config.json", "sharp_state.safetensors"
@@ -41,9 +43,9 @@ class SharpMixin:
     It overrides `get_batch_samples` (to see the accumulation window), `training_step` (to run the method at the
     window's last micro-batch, through the Trainer's own `training_step`), `create_optimizer` (for methods that have
     parameters of their own or act right before an update), and, for what is written and read around them,
-    `_inner_training_loop`, `_hp_search_setup`, `floating_point_ops`, `log`, `_save`, `_save_optimizer_and_scheduler`,
-    `_load_optimizer_and_scheduler` and `create_model_card`. Clipping, scaler, optimizer, scheduler, logging and
-    saving stay the Trainer's.
+    `_inner_training_loop`, `_hp_search_setup`, `floating_point_ops`, `log`, `save_model`,
+    `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler` and `create_model_card`. Clipping, scaler,
+    optimizer, scheduler, logging and saving stay the Trainer's.
 
     Its arguments are those of `SharpTrainer`.
     """
@@ -65,6 +67,7 @@ class SharpMixin:
         self._sharp_attachment = Attachment()
         self._sharp_host.added = self._sharp_attachment.parameters
         if self.method is not None:
+            check_class(self.method)
             refuse(self, self.method)  # pyright: ignore
             self._sharp_stepper = Stepper(self.method, self._sharp_host, rounding, check_repeats)
             if self.model is not None:  # pyright: ignore
@@ -178,6 +181,8 @@ class SharpMixin:
         optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore
         stepper = self._sharp_stepper
         if stepper is not None:
+            self._check_method()  # once more, with what the optimizer is known to keep and to train
+            refuse_line_search(base_of(self.optimizer))  # pyright: ignore
             values = added_by(stepper.method, Landscape(self._sharp_host))
             around = (stepper.before_update, stepper.after_update)
             self._sharp_attachment.attach(self.optimizer, values, *around)  # pyright: ignore
@@ -185,14 +190,8 @@ class SharpMixin:
 
     def _check_method(self) -> None:
         assert self.method is not None
-        landscape = Landscape(self._sharp_host)
-        if not landscape.facts.names:
-            raise ValueError(
-                "The model has no trainable parameter, so there is nothing to perturb: unfreeze some with "
-                "requires_grad_(True), or add adapters."
-            )
-        for _, part in self.method.named_parts():
-            part.check(landscape)
+        way_out = "Unfreeze some of the model's with requires_grad_(True), or add adapters."
+        check_method(self.method, Landscape(self._sharp_host), way_out)
 
     def describe_method(self) -> str:
         """What the method moves in this model, in one line; printed when training starts.
@@ -204,15 +203,16 @@ class SharpMixin:
             return "hf_sharp: plain training (no method)."
         landscape = Landscape(self._sharp_host)
         told = [text for _, part in self.method.named_parts() if (text := part.start_note(landscape)) is not None]
+        compiled = self.args.torch_compile or is_compiled_module(self.model)  # pyright: ignore
+        note = f"at {self.method.cost:g} passes a step.{uncompiled(self.method) if compiled else ''}"
         if told:
-            return f"hf_sharp: {self.method!r} {told[0]}, at {self.method.cost:g} passes a step."
+            return f"hf_sharp: {self.method!r} {told[0]}, {note}"
         sizes = {name: p.numel() for name, p in landscape.facts.parameters.items()}
         moved = self.method.perturbed(landscape)
         entries, everything = round(sum(sizes[name] * share for name, share in moved.items())), sum(sizes.values())
         return (
             f"hf_sharp: {self.method!r} perturbs {len(moved)} of {len(sizes)} trainable tensors "
-            f"({entries:,} of {everything:,} entries, {100 * entries / everything:.1f} %) "
-            f"at {self.method.cost:g} passes a step."
+            f"({entries:,} of {everything:,} entries, {100 * entries / everything:.1f} %) {note}"
         )
 
     def _columns(self) -> dict[str, Any]:
@@ -242,11 +242,10 @@ class SharpMixin:
         negligible = metrics.get("sharp_radius", 1.0) < 1e-4  # TRAM's radius starts at zero and may stay there
         if not self._sharp_warned and not negligible and (abs(component - 1) > 0.25 or noise > 2):
             self._sharp_warned = True
-            dtype = next(iter(self._sharp_host.parameters.values())).dtype
+            where, way_out = seen_weights(self._sharp_host)
             warnings.warn(
                 f"The weights take on {component:.2f} of the intended perturbation along its direction, with noise of "
-                f"{noise:.2f} times its length: so small a step rounds away in weights of {dtype}. Use float32 "
-                "weights with bf16=True, adapters, or a larger rho.",
+                f"{noise:.2f} times its length: so small a step rounds away in weights {where}. {way_out}",
                 stacklevel=2,
             )
         return metrics
@@ -256,18 +255,20 @@ class SharpMixin:
     def _record(self) -> dict[str, Any]:
         return record_of(self.method, self._sharp_rounding)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)  # pyright: ignore
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with the record of the method beside the model, also where it leaves shards to later."""
+        super().save_model(output_dir, *args, **kwargs)  # pyright: ignore
         if self.args.should_save:  # pyright: ignore
             path = Path(output_dir if output_dir is not None else self.args.output_dir) / CONFIG_NAME  # pyright: ignore
             if self.method is None:
                 path.unlink(missing_ok=True)  # of an earlier training into the same folder
             else:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore
-        state = {} if self.method is None else gathered(self.method.state_dict()) | self._sharp_attachment.state_dict()
+        state = {} if self.method is None else state_of(self.method, self._sharp_attachment)
         if self._remembers() and self.args.should_save:  # pyright: ignore
             tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
             numbers = {key: json.dumps(value) for key, value in state.items() if not isinstance(value, Tensor)}
@@ -279,16 +280,14 @@ class SharpMixin:
         config, path = Path(checkpoint) / CONFIG_NAME, Path(checkpoint) / STATE_NAME
         device: torch.device = self.args.device  # pyright: ignore
         place = "cpu" if device.type == "cpu" or self._sharp_host.sharded else str(device)
-        state = _read_state(path, place) if path.is_file() else {}
+        state = read_state(path, place) if path.is_file() else {}
         self._sharp_attachment.check(state)
         super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
         saved = read_record(config) if config.is_file() else {}
         for said in differences(saved, self.method, self._sharp_rounding):
             warnings.warn(said, stacklevel=2)
         if self.method is not None and path.is_file():
-            self.method.load_state_dict(self._sharp_attachment.load_state_dict(state))
-            if self._sharp_host.sharded:
-                self.method.spread_state(Landscape(self._sharp_host))
+            load_state(state, self.method, self._sharp_attachment, Landscape(self._sharp_host))
         elif self._remembers():
             warnings.warn(f"{path} is missing: the method's state (its mask, for one) starts afresh.", stacklevel=2)
 
@@ -307,16 +306,6 @@ class SharpMixin:
         card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "sharpness-aware"})
         card.text += card_section(self.method, self._columns())
         card.save(path)
-
-
-def _read_state(path: Path, device: str) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            numbers = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if ":" in key}
-            # Copied, since what `get_tensor` gives on the CPU is a window on the file: it would change with the file.
-            return {**numbers, **{key: file.get_tensor(key).clone() for key in file.keys()}}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}). Resume from another checkpoint.") from error
 
 
 class SharpTrainer(SharpMixin, Trainer):

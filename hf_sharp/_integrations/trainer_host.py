@@ -38,7 +38,7 @@ class TrainerHost(AcceleratorHost):
 
     Args:
         trainer: the Trainer.
-        step: its `training_step`, below the door.
+        step: its `training_step`, below the one that runs the method.
     """
 
     def __init__(self, trainer: Trainer, step: Step) -> None:
@@ -52,12 +52,12 @@ class TrainerHost(AcceleratorHost):
 
     @property
     def accelerator(self) -> Any:
-        """The Trainer's."""
+        """The Trainer's own, read anew: a search makes another."""
         return self.trainer.accelerator
 
     @property
     def optimizer(self) -> Any:
-        """The Trainer's."""
+        """The Trainer's own, None until it has made one."""
         return self.trainer.optimizer
 
     @property
@@ -189,10 +189,19 @@ class TrainerHost(AcceleratorHost):
         return {"model": self.model, type(self.trainer).__name__: self.trainer, **objects}
 
     def momentum(self) -> dict[str, Tensor] | None:
-        """The optimizer's; before there is one, its name is looked at."""
-        if self.optimizer is None:
-            refuse_name(str(getattr(self.trainer.args.optim, "value", self.trainer.args.optim)))
+        """The optimizer's; before there is one, its name is looked at, if the Trainer itself will make it."""
+        args = self.trainer.args
+        if self.optimizer is None and not self._makes_its_own:
+            refuse_name(str(getattr(args.optim, "value", args.optim)), args.optim_args)
         return super().momentum()
+
+    @property
+    def _makes_its_own(self) -> bool:
+        """Whether the optimizer comes from elsewhere than the arguments, so that their name says nothing."""
+        makers = ("create_optimizer", "get_optimizer_cls_and_kwargs")
+        known = ("transformers.trainer", "hf_sharp._integrations.trainer")
+        owners = {cls.__module__ for cls in type(self.trainer).__mro__ if any(name in vars(cls) for name in makers)}
+        return self.trainer.optimizer_cls_and_kwargs is not None or not owners <= set(known)
 
     def row_backward(self, row: Any) -> None:
         """The Trainer's `compute_loss` of one row, backward without a reduction over ranks."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_sharp._checks import check_share
 from hf_sharp._engine.evaluation import Evaluation, FirstPass
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
+from hf_sharp._perturbation.kept import NUMBER
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Adaptive(Method):
         1.5
     """
 
-    remembers = True
+    remembers: ClassVar = {"mu": NUMBER, "var": NUMBER}
 
     method: Method
     lam1: float = -1.0
@@ -58,13 +60,13 @@ class Adaptive(Method):
         return 1 + 0.5 * (self.method.cost - 1)
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
-        """The method's opening with the whole gradient, since its length decides.
+        """The method's own plan with the whole gradient, since its length decides.
 
         Returns:
             The plan.
 
         Raises:
-            ValueError: if the method wants to look elsewhere first.
+            ValueError: if the method begins elsewhere or adds to the loss: the plain gradient decides.
         """
         plan = self.method.plan_first_pass(landscape)
         if plan.shift is not None or plan.add is not None or plan.terms is not None:

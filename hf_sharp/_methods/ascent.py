@@ -79,8 +79,8 @@ class Ascent(Method):
         """The direction of the ascent.
 
         Args:
-            gradient: the ascent gradient, loss-scaled and given up: it may be changed in place.
-            landscape: where this is.
+            gradient: the ascent gradient, loss-scaled and donated: it may be changed in place.
+            landscape: the step's, for what a direction reads beside the gradient.
 
         Returns:
             The vector that the perturbation follows.

@@ -52,7 +52,7 @@ class Method(Part):
             landscape: the landscape of the step, nothing evaluated yet.
 
         Returns:
-            The opening; the default is the present weights and all parameters.
+            The plan; the default is the present weights and all parameters.
         """
         del landscape
         return FirstPass()

@@ -8,12 +8,14 @@ This is the order of the official code; the paper writes d with the updated m. N
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_sharp._checks import check_at_least_zero, check_share
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.ascent import Ascent
 from hf_sharp._methods.base import Method
 from hf_sharp._methods.preset import Rho, remembered, timed
+from hf_sharp._perturbation.kept import LIKE_WEIGHTS
 from hf_sharp._perturbation.perturbation import Perturbation
 from hf_sharp._tensors.vector import ParamVector
 
@@ -35,7 +37,7 @@ class FriendlySAM(Ascent):
         2.0
     """
 
-    remembers = True
+    remembers: ClassVar = {"mean": LIKE_WEIGHTS}
 
     sigma: float = 1.0
     lam: float = 0.9

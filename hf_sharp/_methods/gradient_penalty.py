@@ -45,7 +45,7 @@ class GradientPenalty(Method):
         return 2.0
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
-        """Everything moves, by r."""
+        """All parameters, along the gradient by r."""
         return dict.fromkeys(landscape.facts.names, 1.0)
 
     def gradient(self, landscape: Landscape) -> Evaluation:

@@ -9,12 +9,14 @@ All norms are over the whole vector, as in the paper; several public versions ta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_sharp._checks import check_at_least_zero, check_count
 from hf_sharp._engine.evaluation import Evaluation
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method, check_perturbation
 from hf_sharp._methods.preset import Rho, remembered, timed
+from hf_sharp._perturbation.kept import LIKE_WEIGHTS
 from hf_sharp._perturbation.perturbation import Perturbation
 from hf_sharp._tensors.vector import TINY
 
@@ -33,7 +35,7 @@ class LookSAM(Method):
         1.2
     """
 
-    remembers = True
+    remembers: ClassVar = {"orthogonal": LIKE_WEIGHTS}
 
     perturbation: Perturbation
     every: int = 5

@@ -11,7 +11,7 @@ and the same dropout, since a forward at other weights repeats the pass that is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from hf_sharp._engine.evaluation import Evaluation, FirstPass
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
 from hf_sharp._methods.preset import remembered, timed
+from hf_sharp._perturbation.kept import AT_LEAST_FLOAT32
 from hf_sharp._tensors.divergences import kl_sum, window_positions
 from hf_sharp._tensors.vector import ParamVector
 
@@ -40,7 +41,7 @@ class MESA(Method):
         1.3333333333333333
     """
 
-    remembers = True
+    remembers: ClassVar = {"teacher": AT_LEAST_FLOAT32}
     ahead = True
     weighs = True
 
@@ -55,7 +56,7 @@ class MESA(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """Outputs with a term on them, and the number of positions of the whole window beforehand."""
         return frozenset({"outputs", "window"})
 
     @property

@@ -8,11 +8,13 @@ g_{t-1} is the gradient that the optimizer was given, before clipping. The logge
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_sharp._engine.evaluation import Evaluation, FirstPass
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method, check_perturbation
 from hf_sharp._methods.preset import Rho, remembered, timed
+from hf_sharp._perturbation.kept import LIKE_WEIGHTS
 from hf_sharp._perturbation.perturbation import Perturbation
 
 
@@ -28,7 +30,7 @@ class PreviousGradientSAM(Method):
         1.0
     """
 
-    remembers = True
+    remembers: ClassVar = {"previous": LIKE_WEIGHTS}
     ahead = True
 
     perturbation: Perturbation

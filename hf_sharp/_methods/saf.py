@@ -9,8 +9,9 @@ outputs with a vocabulary. The logged loss holds the added term.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from hf_sharp._engine.evaluation import Evaluation, FirstPass
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.base import Method
 from hf_sharp._methods.preset import remembered, timed
+from hf_sharp._perturbation.kept import BLOCKS, UnfitState, check_tensor
 from hf_sharp._tensors.divergences import kl_sum, logits_of, window_positions
 
 BLOCK = 256  # rows kept in one tensor: a step replaces the blocks it touches, so that it can be undone
@@ -40,7 +42,7 @@ class SAF(Method):
         1.0
     """
 
-    remembers = True
+    remembers: ClassVar = {"logits": BLOCKS, "visits": BLOCKS}
     ahead = True
     weighs = True
 
@@ -55,7 +57,7 @@ class SAF(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """Outputs with a term on them, the window's number of rows beforehand, and the rows' own numbers."""
         return frozenset({"outputs", "window", "index"})
 
     @property
@@ -72,6 +74,22 @@ class SAF(Method):
         if landscape.facts.ranks > 1:
             raise ValueError("SAF keeps outputs in one process, and rows change ranks from epoch to epoch. Use MESA.")
 
+    def check_state(self, state: Mapping[str, Any], path: str, landscape: Landscape) -> None:
+        """Logits and visits of the same rows; how many classes there are the first batch tells."""
+        super().check_state(state, path, landscape)
+        logits, visits = state.get("logits", {}), state.get("visits", {})
+        if logits.keys() != visits.keys():
+            raise UnfitState(f"'{path}:logits' and '{path}:visits' are of other rows")
+        classes = {tensor.shape[-1] for tensor in logits.values() if tensor.ndim}
+        if len(classes) > 1:
+            raise UnfitState(f"'{path}:logits' has numbers of classes that differ: {sorted(classes)}")
+        for block, tensor in logits.items():
+            shape = (BLOCK, self.lag, *classes)
+            check_tensor(f"{path}:logits/{block}", tensor, shape, None)
+            check_tensor(f"{path}:visits/{block}", visits[block], (BLOCK,), torch.long)
+            if not tensor.is_floating_point() or bool((visits[block] < 0).any()):
+                raise UnfitState(f"'{path}:logits/{block}' holds no numbers, or '{path}:visits/{block}' no counts")
+
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
         """The term belongs to the first evaluation."""
         return FirstPass(add=lambda outputs, batch: self._term(outputs, batch, landscape))
@@ -87,6 +105,9 @@ class SAF(Method):
                 f"SAF keeps the logits of every row, and these have shape {tuple(logits.shape)}: too much for outputs "
                 "with a vocabulary. Use MESA, which keeps weights instead."
             )
+        classes = {tensor.shape[-1] for tensor in self._state.get("logits", {}).values()} | {logits.shape[1]}
+        if len(classes) > 1:
+            raise UnfitState(f"SAF keeps logits of {sorted(classes)} classes")
         then, known = self._exchange(numbers, logits.detach().cpu())
         then, known = then.to(logits.device), known.to(logits.device)
         rows = {key: value for key, value in batch.items() if key != "labels"}

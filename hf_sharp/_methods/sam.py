@@ -2,7 +2,7 @@
 
     e = rho g / ||g||,  g = grad L(w);  descend grad L(w + e)
 
-ASAM, FSAM, SAM-ON and Fisher-metric SAM are this program with another `Perturbation` (`hf_sharp._presets`).
+ASAM, FSAM, SAM-ON and Fisher-metric SAM are this program with another `Perturbation` (`_presets/combinations.py`).
 """
 
 from __future__ import annotations

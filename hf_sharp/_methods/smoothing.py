@@ -46,7 +46,7 @@ class RandomizedSmoothing(Method):
         return float(self.samples)
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
-        """Everything moves."""
+        """All parameters, unless `sigma` is 0."""
         return dict.fromkeys(landscape.facts.names, 1.0) if self.sigma else {}
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:

@@ -16,7 +16,7 @@ class Sometimes(Method):
 
     @property
     def period(self) -> int:
-        """The method's own."""
+        """That of the method inside; `Every` multiplies it by its interval."""
         return self.method.period
 
     @abstractmethod
@@ -24,14 +24,14 @@ class Sometimes(Method):
         """Whether the method is used at this step.
 
         Args:
-            landscape: where this is, nothing evaluated yet.
+            landscape: the step's, nothing evaluated yet.
 
         Returns:
             The same answer on every rank, and whenever it is asked in a step.
         """
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
-        """The method's opening, or the plain one."""
+        """The method's own plan at its steps, the plain one at others."""
         return self.method.plan_first_pass(landscape) if self.due(landscape) else FirstPass()
 
     def gradient(self, landscape: Landscape) -> Evaluation:

@@ -65,7 +65,7 @@ class Sum(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """Batches that are dicts of batches, one for each term."""
         return frozenset({"terms"})
 
     @property
@@ -74,7 +74,7 @@ class Sum(Method):
         return sum(method.cost for method in self.methods.values()) / len(self.methods)
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:
-        """Each term's own plan."""
+        """The terms' weights; each term's landscape gets the plan of that term's method."""
         for name, method in self.methods.items():
             landscape[name].plan = method.plan_first_pass(landscape[name])
         return FirstPass(terms=self.weights)

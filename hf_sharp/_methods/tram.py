@@ -57,7 +57,7 @@ class TRAM(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """The outputs, whose divergence from the reference's is the radius."""
         return frozenset({"outputs"})
 
     @property
@@ -66,7 +66,7 @@ class TRAM(Method):
         return 2.0 + 1 / 3
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
-        """Everything moves."""
+        """All parameters, unless `scale` is 0."""
         return dict.fromkeys(landscape.facts.names, 1.0) if self.scale else {}
 
     def plan_first_pass(self, landscape: Landscape) -> FirstPass:

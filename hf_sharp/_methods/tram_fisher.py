@@ -49,7 +49,7 @@ class TRAMFisher(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the door must provide."""
+        """The input embedding is one of the modules; noise goes by row."""
         return frozenset({"modules", "rows"})
 
     @property
@@ -62,7 +62,7 @@ class TRAMFisher(Method):
         input_embeddings(landscape.model)
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
-        """Everything moves."""
+        """All parameters, wherever the radius is not 0."""
         return dict.fromkeys(landscape.facts.names, 1.0) if callable(self.rho) or self.rho else {}
 
     def gradient(self, landscape: Landscape) -> Evaluation:

@@ -6,12 +6,14 @@ d <- (1 - theta) d + theta g  (first step: d = g);  e = rho d / ||d||;  descend 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_sharp._checks import check_share
 from hf_sharp._engine.landscape import Landscape
 from hf_sharp._methods.ascent import Ascent
 from hf_sharp._methods.base import Method
 from hf_sharp._methods.preset import Rho, remembered, timed
+from hf_sharp._perturbation.kept import LIKE_WEIGHTS
 from hf_sharp._perturbation.perturbation import Perturbation
 from hf_sharp._tensors.vector import ParamVector
 
@@ -32,7 +34,7 @@ class VaSSO(Ascent):
         2.0
     """
 
-    remembers = True
+    remembers: ClassVar = {"direction": LIKE_WEIGHTS}
 
     theta: float = 0.9
 

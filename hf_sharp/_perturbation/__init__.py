@@ -1,1 +1,1 @@
-"""Where to look: radius, ball, mask and reference of a perturbation, and the parts that methods are made of."""
+"""Where and how far weights are perturbed: radius, ball, mask and reference, and what all parts of methods share."""

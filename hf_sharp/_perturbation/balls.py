@@ -1,4 +1,4 @@
-"""How far is far: the ball in which a perturbation looks for the worst loss.
+"""How far is far: the ball in which a perturbation goes to the worst loss.
 
 A ball is a positive diagonal metric M. Among all e with e' M^-1 e <= rho^2, the one that raises the linearised loss
 most is
@@ -30,7 +30,7 @@ WEIGHT = re.compile(r"(^|\.)weight(\.|_|$)")  # the ASAM authors' name rule: `we
 
 @dataclass(frozen=True)
 class Ball(Part):
-    """A metric on perturbations."""
+    """What the length of a perturbation is measured by: a diagonal metric M, positive on every entry."""
 
     @abstractmethod
     def metric(self, grad: Tensor, weight: Tensor, name: str, landscape: Landscape) -> Tensor:
@@ -40,7 +40,7 @@ class Ball(Part):
             grad: the ascent gradient or a part of it, loss-scaled, in float32 or better.
             weight: the parameter's values at the same entries.
             name: the parameter's name.
-            landscape: where this is.
+            landscape: the step's; of it a metric reads the loss scale.
 
         Returns:
             A tensor of the gradient's shape.
@@ -51,7 +51,7 @@ class Ball(Part):
 
         Args:
             grad: the ascent gradient.
-            landscape: where this is.
+            landscape: the step's, at the weights that M is of.
 
         Returns:
             sqrt(g' M g), a 0-dim tensor.
@@ -63,7 +63,7 @@ class Ball(Part):
 
         Args:
             grad: the ascent gradient, which the caller owns.
-            landscape: where this is.
+            landscape: the step's, at the weights that M is of.
 
         Returns:
             sqrt(g' M g) of the old g, a 0-dim tensor.
@@ -88,12 +88,12 @@ class L2Ball(Ball):
     """The Euclidean ball of SAM (Foret et al., 2021): M = 1."""
 
     def metric(self, grad: Tensor, weight: Tensor, name: str, landscape: Landscape) -> Tensor:
-        """Ones."""
+        """1 on every entry."""
         del weight, name, landscape
         return torch.ones_like(grad)
 
     def length(self, grad: ParamVector, landscape: Landscape) -> Tensor:
-        """The norm of g."""
+        """The Euclidean norm of g, all tensors at once."""
         del landscape
         return grad.norm()
 
@@ -127,7 +127,7 @@ class AdaptiveBall(Ball):
         return frozenset({"names"} if self.on == "weights" else ())
 
     def metric(self, grad: Tensor, weight: Tensor, name: str, landscape: Landscape) -> Tensor:
-        """T^2 of one parameter."""
+        """T^2 = (|w| + eta)^2; 1 on tensors that are not named `weight`, unless `on` is "all"."""
         del landscape
         if self.on == "weights" and not WEIGHT.search(name):
             return torch.ones_like(grad)
@@ -152,7 +152,7 @@ class FisherBall(Ball):
         check_at_least_zero(self.eta, "eta")
 
     def metric(self, grad: Tensor, weight: Tensor, name: str, landscape: Landscape) -> Tensor:
-        """D of one parameter."""
+        """D = 1 / (1 + eta F), F the square of the gradient without its loss scale."""
         del weight, name
         facts = landscape.facts
         fisher = (grad / (facts.loss_scale.to(grad.device) * facts.inflation)).square()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from hf_sharp._checks import check_choice, check_count, check_share
 from hf_sharp._engine.landscape import Landscape
+from hf_sharp._perturbation.kept import COUNT, MASKS
 from hf_sharp._perturbation.masks import Entries, Mask
 from hf_sharp._tensors.shards import earlier, like, local, placed, summed
 from hf_sharp._tensors.vector import ParamVector, chunks, nan_unless_finite, wide
@@ -21,7 +23,7 @@ from hf_sharp._tensors.vector import ParamVector, chunks, nan_unless_finite, wid
 class _Refreshed(Mask):
     """A mask over entries that is drawn anew at every step that `every` divides."""
 
-    remembers = True
+    remembers: ClassVar = {"mask": MASKS, "refreshed": COUNT}
 
     keep: float = 0.1
     every: int = 100
@@ -36,7 +38,7 @@ class _Refreshed(Mask):
 
         Args:
             grad: the ascent gradient, not to be changed.
-            landscape: where this is.
+            landscape: the step's, for masks that evaluate single rows or draw by seed and step.
 
         Returns:
             Bool tensors by parameter name, equal on all ranks; and `Entries.overflow`.
@@ -46,7 +48,7 @@ class _Refreshed(Mask):
         """The parameters that are perturbed as a whole, outside the mask.
 
         Args:
-            landscape: where this is.
+            landscape: the step's, or the model's before training; only names and modules are read.
 
         Returns:
             Their names; the default is none.
@@ -66,6 +68,7 @@ class _Refreshed(Mask):
             self._state["mask"], overflow = self.draw(grad, landscape)
             self._state["refreshed"] = landscape.facts.step
         whole, mask = self.whole(landscape), self._state.get("mask", {})
+        landscape.facts.check_shapes(mask)
         return Entries({name: mask.get(name, name in whole) for name in landscape.facts.names}, overflow)
 
 
@@ -162,6 +165,10 @@ class FisherMask(_Refreshed):
         """What is outside moves as a whole or never."""
         shares, eligible = super().perturbed(landscape), self._eligible(landscape)
         return {name: share for name, share in shares.items() if share == 1.0 or name in eligible}
+
+    def kept_names(self, landscape: Landscape) -> set[str]:
+        """What the mask chooses from."""
+        return self._eligible(landscape)
 
     def draw(self, grad: ParamVector, landscape: Landscape) -> tuple[dict[str, Tensor], Tensor | None]:
         """The entries with the largest Fisher diagonal."""

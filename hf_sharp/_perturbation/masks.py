@@ -44,7 +44,7 @@ class Mask(Part):
         """The parameters that the ascent needs a gradient for.
 
         Args:
-            landscape: where this is.
+            landscape: the step's, or the model's before training; only names and modules are read.
 
         Returns:
             Their names; None for all.
@@ -56,7 +56,7 @@ class Mask(Part):
         """The share of entries that may move, by parameter name.
 
         Args:
-            landscape: where this is.
+            landscape: the model's, without data.
 
         Returns:
             1 for a parameter that moves as a whole; parameters that never move are missing.
@@ -69,7 +69,7 @@ class Mask(Part):
 
         Args:
             grad: the ascent gradient, not to be changed.
-            landscape: where this is; a mask may evaluate.
+            landscape: the step's; a mask may evaluate.
 
         Returns:
             The entries; None for everything.
@@ -97,7 +97,7 @@ class NormLayers(Mask):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The model's modules."""
+        """Norm layers are told by the type of the module."""
         return frozenset({"modules"})
 
     def names(self, landscape: Landscape) -> list[str]:
@@ -129,7 +129,7 @@ class ByName(Mask):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The parameters' names."""
+        """The pattern goes over the parameters' names."""
         return frozenset({"names"})
 
     def names(self, landscape: Landscape) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ def gaussian(landscape: Landscape, sigma: float, tag: str) -> ParamVector:
     """Normal noise on all trainables.
 
     Args:
-        landscape: where this is; its seed and step decide the numbers.
+        landscape: the step's, whose seed and step decide the numbers.
         sigma: the standard deviation.
         tag: which draw of the step this is.
 
@@ -70,7 +70,7 @@ def _table(module: nn.Module) -> Tensor | None:
 
 
 @contextmanager
-def noisy_inputs(landscape: Landscape, sigma: float) -> Iterator[None]:
+def noisy_inputs(landscape: Landscape, sigma: float) -> Generator[None]:
     """While open, the embedded inputs carry normal noise; the inputs themselves are not touched.
 
     The noise goes to what a forward embeds first: of an encoder-decoder that is the encoder's input. A row's noise
@@ -78,7 +78,7 @@ def noisy_inputs(landscape: Landscape, sigma: float) -> Iterator[None]:
     run past the hooks, so the passes inside are eager.
 
     Args:
-        landscape: where this is.
+        landscape: the step's, whose model gets the noise while this is open.
         sigma: the standard deviation.
 
     Yields:

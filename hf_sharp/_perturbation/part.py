@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from hf_sharp._engine.landscape import Landscape
+from hf_sharp._perturbation.kept import ANYTHING, FINITE, NUMBER, ByParameter, Kind, UnfitState
 
 State = dict[str, Any]
 
@@ -20,15 +21,20 @@ class Part:
     Subclasses are frozen dataclasses. A value in `_state` is an int, a float, a tensor, or a dict of tensors keyed by
     parameter name; it is *replaced*, never changed in place, so that a step which fails is undone by putting the old
     values back.
+
+    Attributes:
+        remembers: whether it has state at all, so that a checkpoint without it is noticed. A dict says more: what each
+            entry of `_state` is (`kept.py`), by which saved state is checked. True stands for finite numbers, and
+            tensors by parameter name, each of its parameter's shape.
     """
 
-    remembers = False  # whether it has state at all, so that a checkpoint without it is noticed
-    weighs = False  # whether it weighs the host's loss or gradient against something that has a size of its own
-    apart = False  # whether it makes passes whose gradients are not reduced over ranks
+    remembers: ClassVar[bool | Mapping[str, Kind]] = False
+    weighs: ClassVar[bool] = False  # whether it weighs the host's loss or gradient against what has a size of its own
+    apart: ClassVar[bool] = False  # whether it makes passes whose gradients are not reduced over ranks
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a door must provide, keys of `WANTED` in `refusals.py`."""
+        """What an integration must provide, keys of `WANTED` in `refusals.py`."""
         return frozenset()
 
     _state: State = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -70,7 +76,7 @@ class Part:
         """
 
     def perturbed(self, landscape: Landscape) -> dict[str, float]:
-        """The parameters that are looked around in, for the note at the start of training.
+        """The parameters that are perturbed, for the note at the start of training.
 
         Args:
             landscape: the model's landscape, without data.
@@ -85,13 +91,13 @@ class Part:
         return shares
 
     def start_note(self, landscape: Landscape) -> str | None:
-        """What the note at the start of training says in place of the share of trainables that `moved` gives.
+        """What the note at the start of training says in place of the share of trainables that `perturbed` gives.
 
         Args:
             landscape: the model's landscape, without data.
 
         Returns:
-            The end of a sentence that begins with the method; None where `moved` says it all, the default.
+            The end of a sentence that begins with the method; None where `perturbed` says it all, the default.
         """
         del landscape
         return None
@@ -174,17 +180,75 @@ class Part:
                 if isinstance(value, dict):
                     part._state[key] = landscape.facts.named(landscape.facts.vector(value))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def kept_names(self, landscape: Landscape) -> Collection[str]:
+        """The parameters that this part keeps a tensor for, where a saved state does not say how many there were.
+
+        Args:
+            landscape: the model's landscape, without data.
+
+        Returns:
+            Their names; by default all that are trained.
+        """
+        return landscape.facts.names
+
+    def check_state(self, state: Mapping[str, Any], path: str, landscape: Landscape) -> None:
+        """Compare saved state with the model; what the entries have to do with each other is for subclasses to add.
+
+        Args:
+            state: what is to become `_state`.
+            path: of this part, for the message.
+            landscape: the model's landscape, without data.
+
+        Raises:
+            UnfitState: if it does not fit.
+        """
+        for key, value in state.items():
+            self._kind(key, value, path).check(f"{path}:{key}", value, landscape)
+        lacking = set(self._declared) - set(state)
+        if state and lacking:
+            raise UnfitState(f"'{path}:{min(lacking)}' is missing")
+
+    def _kind(self, key: str, value: Any, path: str) -> Kind:
+        if not self.remembers or (self._declared and key not in self._declared):
+            own = "" if self.remembers else " (if it does, write `remembers = True` in the class)"
+            raise UnfitState(f"{type(self).__name__} keeps no '{path}:{key}'{own}")
+        own = {dict: ANYTHING, Tensor: FINITE}.get(type(value), NUMBER)
+        return self._declared.get(key, own)
+
+    @property
+    def _declared(self) -> Mapping[str, Kind]:
+        return self.remembers if isinstance(self.remembers, Mapping) else {}
+
+    def state_sizes(self) -> dict[str, int]:
+        """How many tensors each entry has that is a dict, so that one which is lost on the way is missed.
+
+        Returns:
+            Numbers by `path:key/`; 0 for an entry that there is not yet.
+        """
+        sizes: dict[str, int] = {}
+        for path, part in self.named_parts():
+            dicts = [key for key, kind in part._declared.items() if kind.is_dict]
+            for key in dict.fromkeys((*dicts, *part._state)):
+                value = part._state.get(key, {})
+                if isinstance(value, dict):
+                    sizes[f"{path}:{key}/"] = len(value)
+        return sizes
+
+    def load_state_dict(self, state: Mapping[str, Any], landscape: Landscape | None = None) -> None:
         """Replace all state by what `state_dict` returned.
 
         Args:
-            state: the flat dict.
+            state: the flat dict, with `state_sizes` in it or not.
+            landscape: the model's landscape, without data, to compare the state with before it is taken; None to take
+                it as it is.
 
         Raises:
             ValueError: if it holds state of a part that this method does not have.
+            UnfitState: if it does not fit the model.
         """
         known = dict(self.named_parts())
         nested: dict[str, State] = {path: {} for path in known}
+        sizes: dict[str, Any] = {}
         for key, value in state.items():
             path, _, name = key.partition(":")
             if path not in known:
@@ -193,8 +257,32 @@ class Part:
                     "saved it, or start without that state."
                 )
             entry, slash, parameter = name.partition("/")
-            if slash:
-                nested[path].setdefault(entry, {})[parameter] = value
-            else:
+            if not slash:
                 nested[path][entry] = value
+            elif not parameter:
+                sizes[key] = value
+            elif not isinstance(tensors := nested[path].setdefault(entry, {}), dict):
+                raise UnfitState(f"'{path}:{entry}' is one value and several")
+            else:
+                tensors[parameter] = value
+        if landscape is not None:
+            for path, part in known.items():
+                part._check_sizes(nested[path], path, sizes, landscape)
+                part.check_state(nested[path], path, landscape)
         self.rollback(nested)
+
+    def _check_sizes(self, state: State, path: str, sizes: Mapping[str, Any], landscape: Landscape) -> None:
+        """Refuse saved state from which tensors are lost; entries that were empty are put into it."""
+        dicts = {key: kind for key, kind in self._declared.items() if kind.is_dict}
+        if not state and any(f"{path}:{key}/" not in sizes for key in dicts):
+            raise UnfitState(f"it holds nothing of what {type(self).__name__} keeps ({', '.join(dicts)})")
+        for key in dict.fromkeys((*dicts, *(key for key, value in state.items() if isinstance(value, dict)))):
+            tensors, size = state.get(key, {}), sizes.get(f"{path}:{key}/")
+            named = isinstance(dicts.get(key), ByParameter)
+            lost = sorted(set(self.kept_names(landscape)) - set(tensors)) if named else []
+            if (state and lost) if size is None else size != len(tensors):
+                of = "" if size is None else f" of {size!r:.20}"
+                which = f"; {', '.join(lost[:3])} may be missing" if lost else ""
+                raise UnfitState(f"'{path}:{key}' has {len(tensors)}{of} tensors{which}")
+            if state:
+                state.setdefault(key, {})

@@ -1,4 +1,4 @@
-"""Where to look: from an ascent gradient to the perturbation of length rho, in a ball, on a mask."""
+"""From an ascent gradient to the perturbation of length rho, in a ball, on a mask."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Perturbation(Part):
     """The step to the worst point nearby: e = rho M g / sqrt(g' M g), M the ball's metric, on the mask's entries.
 
     Args:
-        rho: the radius, a number or a schedule (`hf_sharp._perturbation.schedules`).
+        rho: the radius, a number, a schedule such as `Linear`, or a function of the step's facts.
         ball: in which metric the radius is measured.
         mask: which weights may move; None for all.
 
@@ -49,7 +49,7 @@ class Perturbation(Part):
         """The radius at this step.
 
         Args:
-            landscape: where this is.
+            landscape: the step's; a schedule reads its facts.
 
         Returns:
             rho, or what its schedule says, which must be a radius too.
@@ -60,7 +60,7 @@ class Perturbation(Part):
         """The parameters that the ascent needs a gradient for.
 
         Args:
-            landscape: where this is.
+            landscape: the step's, or the model's before training; a mask reads names and modules.
 
         Returns:
             Their names, None for all.
@@ -71,7 +71,7 @@ class Perturbation(Part):
         """The parameters that may move.
 
         Args:
-            landscape: where this is.
+            landscape: the model's, without data.
 
         Returns:
             The (mean) share of entries that move, by parameter name.

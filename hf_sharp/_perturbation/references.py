@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_sharp._checks import check_at_least_zero
 from hf_sharp._engine.landscape import Landscape
+from hf_sharp._perturbation.kept import LIKE_WEIGHTS
 from hf_sharp._perturbation.noise import input_embeddings, noisy_inputs
 from hf_sharp._perturbation.part import Part
 
@@ -22,7 +23,7 @@ class Reference(Part):
 
         Args:
             batch: the micro-batch being evaluated.
-            landscape: where this is.
+            landscape: the step's, in the middle of its first pass.
 
         Returns:
             The outputs, without gradients.
@@ -32,7 +33,7 @@ class Reference(Part):
         """Called when the step's passes are made, before the optimizer moves the weights.
 
         Args:
-            landscape: where this is, the weights unshifted.
+            landscape: the step's, at the unshifted weights.
         """
 
 
@@ -40,7 +41,7 @@ class Reference(Part):
 class PreviousWeights(Reference):
     """The weights of the step before (TRAM-theta_{t-1}); at the first step the present ones, a divergence of zero."""
 
-    remembers = True
+    remembers: ClassVar = {"weights": LIKE_WEIGHTS}
 
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
         """The outputs at the remembered weights."""
@@ -60,7 +61,7 @@ class PretrainedWeights(Reference):
     switched off, without switching anything.
     """
 
-    remembers = True
+    remembers: ClassVar = {"weights": LIKE_WEIGHTS}
 
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
         """The outputs at the first weights."""
@@ -96,6 +97,6 @@ class NoisyInputs(Reference):
         input_embeddings(landscape.model)
 
     def outputs(self, batch: Any, landscape: Landscape) -> Any:
-        """The outputs with noise."""
+        """The outputs at the present weights, for noisy inputs."""
         with noisy_inputs(landscape, self.sigma):
             return landscape.outputs_at(batch)

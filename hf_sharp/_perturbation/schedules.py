@@ -63,14 +63,14 @@ class Constant:
         check_radius(self.rho)
 
     def __call__(self, facts: StepFacts) -> float:
-        """The radius."""
+        """The same radius at every step."""
         del facts
         return self.rho
 
 
 @dataclass(frozen=True)
 class Linear:
-    """From `plan_first_pass` to `end` in a straight line over `steps` steps, then `end`.
+    """From `start` to `end` in a straight line over `steps` steps, then `end`.
 
     Args:
         start: the first radius.
@@ -89,7 +89,7 @@ class Linear:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a door must know, keys of `WANTED` in `refusals.py`: the length of training, unless given."""
+        """What an integration must know, keys of `WANTED` in `refusals.py`: the length of training, unless given."""
         return frozenset({"length"} if self.steps is None else ())
 
     def __call__(self, facts: StepFacts) -> float:
@@ -99,7 +99,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """From `plan_first_pass` to `end` along half a cosine over `steps` steps, then `end`.
+    """From `start` to `end` along half a cosine over `steps` steps, then `end`.
 
     Args:
         start: the first radius.
@@ -118,7 +118,7 @@ class Cosine:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a door must know, keys of `WANTED` in `refusals.py`: the length of training, unless given."""
+        """What an integration must know, keys of `WANTED` in `refusals.py`: the length of training, unless given."""
         return frozenset({"length"} if self.steps is None else ())
 
     def __call__(self, facts: StepFacts) -> float:
@@ -169,7 +169,7 @@ class ZeroDuringWarmup:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a door must know, keys of `WANTED` in `refusals.py`: the length of the warm-up, unless given."""
+        """What an integration must know (keys of `WANTED`, `refusals.py`): the length of the warm-up, unless given."""
         return frozenset({"warmup"} if self.steps is None else ())
 
     def __call__(self, facts: StepFacts) -> float:

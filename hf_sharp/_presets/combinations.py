@@ -1,4 +1,4 @@
-"""Presets that put a method together with a ball, a mask or a reference: what differs is where they look."""
+"""Presets that put a method together with a ball, a mask or a reference: where weights are perturbed is a setting."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from hf_sharp._presets.names import METHODS, nearest, options_of
 from hf_sharp._presets.texts import defaults_of
 
 ENDLESS = ("constant", "zero_during_warmup")  # schedules without an end of their own
+BROKEN = "It was cut short or changed by hand. Take that of another checkpoint."
 CALL_IT = " A preset or class makes a method when it is called: sam(), not sam."
 
 
@@ -121,7 +122,10 @@ class SharpConfig(Options):
             raise ValueError(
                 f"{path} records the method {saved['repr']}, which no settings describe; build it in Python."
             )
-        return cls.from_dict(saved["settings"] if "repr" in saved else saved)
+        settings = saved["settings"] if "repr" in saved else saved
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} has {settings!r:.80} where the settings belong. {BROKEN}")
+        return cls.from_dict(settings)
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -138,10 +142,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); it was cut short or changed by hand. Take that of another checkpoint."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON that can be read ({error}). {BROKEN}") from error
     if not isinstance(record, dict):
         raise ValueError(
             f"{path} is not a record of a method: give a checkpoint's sharp_config.json, or an object of settings."
@@ -169,7 +171,7 @@ MethodLike = Method | SharpConfig | Mapping[str, Any] | MethodName | None
 
 
 def read_method(method: MethodLike) -> tuple[Method | None, SharpConfig | None]:
-    """What a door was given as `method=`.
+    """The method of what a user gave as `method=`, in any of its forms.
 
     Args:
         method: a `Method`, a `SharpConfig`, a dict of its settings, a preset's name, or None.

@@ -7,18 +7,19 @@ position before it, as in their loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hf_sharp._tensors.types import Batch, Outputs, is_mapping
+
 KINDS = ("forward", "reverse", "symmetric")
 IGNORED = -100
 
 
-def logits_of(outputs: Any) -> Tensor:
+def logits_of(outputs: Outputs) -> Tensor:
     """The logits among a model's outputs.
 
     Args:
@@ -30,7 +31,7 @@ def logits_of(outputs: Any) -> Tensor:
     Raises:
         ValueError: if there are none.
     """
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    logits = outputs.get("logits") if is_mapping(outputs) else getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(
             "A divergence between outputs needs outputs with one tensor named 'logits', classes last; "
@@ -39,15 +40,15 @@ def logits_of(outputs: Any) -> Tensor:
     return logits
 
 
-def _marks(batch: Any) -> Tensor | None:
+def _marks(batch: Batch) -> Tensor | None:
     """Which positions of the labels count, for labels with one integer a token; else None."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    labels = batch.get("labels") if is_mapping(batch) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2:
         return None
     return labels != IGNORED
 
 
-def positions(batch: Any, shifted: bool) -> Tensor:
+def positions(batch: Batch, shifted: bool) -> Tensor:
     """How many positions of a micro-batch count.
 
     Args:
@@ -63,18 +64,20 @@ def positions(batch: Any, shifted: bool) -> Tensor:
     marks = _marks(batch)
     if marks is not None:
         return (marks[..., 1:] if shifted else marks).sum().float()
-    tensors = [t for t in batch.values() if isinstance(t, Tensor) and t.ndim] if isinstance(batch, Mapping) else []
+    tensors: list[Tensor] = (
+        [t for t in batch.values() if isinstance(t, Tensor) and t.ndim] if is_mapping(batch) else []
+    )
     if not tensors:
         raise ValueError(
             "The positions of a batch are counted by its tensors, and this one is not a dict of them. Let the data "
             "collator return a dict, or use a method of gradients alone, such as SAM."
         )
-    named = batch.get("labels")
+    named: object = batch.get("labels")
     rows = (named if isinstance(named, Tensor) and named.ndim else tensors[0]).shape[0]
     return torch.tensor(float(rows), device=tensors[0].device)
 
 
-def window_positions(batches: Iterable[Any], shifted: bool) -> Tensor:
+def window_positions(batches: Iterable[Batch], shifted: bool) -> Tensor:
     """How many positions of a window count on this rank.
 
     Args:
@@ -88,7 +91,7 @@ def window_positions(batches: Iterable[Any], shifted: bool) -> Tensor:
 
 
 def kl_sum(
-    reference: Any, outputs: Any, batch: Any, shifted: bool, kind: str = "forward", temperature: float = 1.0
+    reference: Outputs, outputs: Outputs, batch: Batch, shifted: bool, kind: str = "forward", temperature: float = 1.0
 ) -> Tensor:
     """The divergence between two outputs, summed over the positions of a micro-batch that count.
 

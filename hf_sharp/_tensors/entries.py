@@ -1,8 +1,12 @@
 """Work on plain tensors, entry by entry or many at a time: what `ParamVector` and the engine are written in."""
 
+# torch types `_foreach_*` and calls them private, though its own optimizers stand on them; `linalg` it does not type.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,7 +41,7 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     tensors = tuple(local(t) for t in tensors)
     size = 2**16 if tensors[0].device.type == "cpu" else 2**24
     if all(t.is_contiguous() for t in tensors):
-        yield from zip(*(t.view(-1).split(size) for t in tensors), strict=True)
+        yield from zip(*(torch.split(t.view(-1), size) for t in tensors), strict=True)
     else:
         yield tensors
 
@@ -66,6 +70,52 @@ def alike(*lists: Sequence[Tensor]) -> bool:
     return len({(t.dtype, t.device) for tensors in lists for t in tensors}) <= 1
 
 
+def add_each_(targets: list[Tensor], steps: list[Tensor], alpha: float = 1.0) -> None:
+    """Add `alpha` times each step to its target, in one kernel.
+
+    Args:
+        targets: the tensors that change, one at least; `alike`.
+        steps: of the same shapes.
+        alpha: the factor.
+    """
+    torch._foreach_add_(targets, steps, alpha=alpha)
+
+
+def scale_each_(targets: list[Tensor], factor: float | Tensor) -> None:
+    """Multiply all tensors by one number, in one kernel.
+
+    Args:
+        targets: the tensors that change, one at least; `alike`.
+        factor: a number, or a 0-dim tensor like them.
+    """
+    torch._foreach_mul_(targets, factor)
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """The L2 norm of a tensor.
+
+    Args:
+        tensor: not sharded.
+
+    Returns:
+        A 0-dim tensor of its dtype.
+    """
+    return cast("Tensor", torch.linalg.vector_norm(tensor))
+
+
+def norms_of_each(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The L2 norm of each tensor, in one kernel.
+
+    Args:
+        tensors: one at least; `alike`.
+        dtype: in which to add up, None for their own.
+
+    Returns:
+        0-dim tensors.
+    """
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+
+
 def move_(targets: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
     """Add each step to its target, in place.
 
@@ -77,7 +127,7 @@ def move_(targets: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
     if not targets:
         return
     if alike(targets, steps):
-        torch._foreach_add_(targets, steps)
+        add_each_(targets, steps)
     else:
         for target, step in zip(targets, steps, strict=True):
             target.add_(step.to(target.device))

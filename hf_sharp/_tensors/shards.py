@@ -4,6 +4,9 @@ A `ParamVector` keeps sharded tensors as they are, so that what is sharded canno
 refuses to mix the two. What works entry by entry takes `local` parts; what adds up entries ends in `summed`.
 """
 
+# pyright: reportUnknownMemberType=false
+# torch.distributed gives its collectives no types.
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -39,8 +42,9 @@ def local(tensor: Tensor) -> Tensor:
     """
     if not sharded(tensor):
         return tensor
+    source: Any = tensor
     with torch.no_grad():
-        return tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+        return source.to_local()
 
 
 def like(part: Tensor, tensor: Tensor) -> Tensor:
@@ -90,7 +94,8 @@ def whole(tensor: Tensor) -> Tensor:
     Returns:
         The gathered tensor.
     """
-    return tensor.full_tensor() if sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    source: Any = tensor
+    return source.full_tensor() if sharded(tensor) else tensor
 
 
 def gathered(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,19 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from hf_sharp._tensors.entries import TINY, alike, chunks, copy_, move_, nan_unless_finite, wide
+from hf_sharp._tensors.entries import (
+    TINY,
+    add_each_,
+    alike,
+    chunks,
+    copy_,
+    move_,
+    nan_unless_finite,
+    norm_of,
+    norms_of_each,
+    scale_each_,
+    wide,
+)
 from hf_sharp._tensors.shards import like, local, sharded, summed, total
 
 __all__ = ["TINY", "ParamVector", "Scalar", "alike", "chunks", "copy_", "move_", "nan_unless_finite", "total", "wide"]
@@ -23,8 +35,8 @@ class ParamVector:
     """One vector, kept as one tensor a parameter; None stands for zeros that nobody needs to store.
 
     The operations return new vectors and leave their operands alone, with one exception: a vector that its owner has
-    *given up* (`Evaluation.take`) is changed in place by whoever calls `own`, so that an ascent gradient becomes the
-    perturbation without a copy. Names ending in `_` work in place.
+    *donated* (`Evaluation.donate`) is changed in place by whoever calls `own`, so that an ascent gradient becomes the
+    perturbation without a copy, and raises when it is used a second time. Names ending in `_` work in place.
 
     Tensors may be sharded (`shards.py`): norms and products are then those of the whole vector, at the price of
     reducing one number over the ranks, and everything else stays on this rank.
@@ -134,18 +146,14 @@ class ParamVector:
             return torch.zeros(())
         if any(sharded(t) for t in self.tensors if t is not None):
             owners = [t for t in self.tensors if t is not None]
-            squares = [torch.linalg.vector_norm(wide(t)).square() for t in present]
+            squares = [norm_of(wide(t)).square() for t in present]
             return summed(zip(owners, squares, strict=True)).sqrt()
         if alike(present):
             narrow = present[0].dtype.itemsize < 4
-            norms = list(torch._foreach_norm(present, 2, dtype=torch.float32 if narrow else None))
+            norms = norms_of_each(present, torch.float32 if narrow else None)
         else:
-            norms = [torch.linalg.vector_norm(wide(t)) for t in present]
-        return (
-            total(n.square() for n in norms).sqrt()
-            if not alike(norms)
-            else torch.linalg.vector_norm(torch.stack(norms))
-        )
+            norms = [norm_of(wide(t)) for t in present]
+        return total(n.square() for n in norms).sqrt() if not alike(norms) else norm_of(torch.stack(norms))
 
     def dot(self, other: ParamVector) -> Tensor:
         """The inner product, in float32 or better.
@@ -181,7 +189,7 @@ class ParamVector:
         if not present:
             return self
         if not isinstance(factor, Tensor) or alike(present, [factor]):
-            torch._foreach_mul_(present, factor)
+            scale_each_(present, factor)
         else:
             for tensor in present:
                 tensor.mul_(factor.to(tensor.device))
@@ -235,7 +243,7 @@ class ParamVector:
         targets, steps = [a for a, _ in pairs], [b for _, b in pairs]
         if not isinstance(alpha, Tensor) and alike(targets, steps) and all(t.dtype.itemsize >= 4 for t in targets):
             if targets:
-                torch._foreach_add_(targets, steps, alpha=alpha)
+                add_each_(targets, steps, alpha)
         else:
             for pair in pairs:
                 for target, step in chunks(*pair):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def reading(model: nn.Module) -> Iterator[torch.device]:
+def reading(model: nn.Module) -> Generator[torch.device]:
     """Put a model into evaluation mode for a while, without gradients.
 
     Args:

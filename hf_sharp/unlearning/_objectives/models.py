@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,7 +82,7 @@ class Models:
 
 
 @contextmanager
-def adapter_off(module: Any) -> Iterator[None]:
+def adapter_off(module: Any) -> Generator[None]:
     """While open, a PEFT model computes what it computed without its adapter.
 
     PEFT switches `requires_grad` on the way, and switches on what was frozen by hand; it is put back.
@@ -103,7 +103,7 @@ def adapter_off(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Generator[None]:
     modes = [(inner, inner.training) for inner in module.modules()]
     module.eval()
     try:
