@@ -316,7 +316,7 @@ def test_asking_for_more_than_was_opened_is_an_error():
     landscape = Landscape(host, WINDOW[:1])
     landscape.plan = FirstPass(only=["norm.weight"])
     landscape.first_pass(WINDOW[0])
-    with pytest.raises(RuntimeError, match="opened"):
+    with pytest.raises(RuntimeError, match="planned"):
         landscape.evaluate()
 
 
