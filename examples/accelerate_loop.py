@@ -40,7 +40,8 @@ def main(steps: int = 200) -> float:
     for batch in loader:
         with accelerator.accumulate(model):
             sharp.backward(batch)  # was: accelerator.backward(loss_fn(model, batch))
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

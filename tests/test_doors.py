@@ -526,3 +526,23 @@ def test_complex_parameters_are_refused_by_name_when_built(tmp_path):
     optimizer = SharpOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), sam())
     with pytest.raises(ValueError, match="complex"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
+
+
+def test_clipping_in_mid_window_is_said_once_and_other_changes_are_refused():
+    def loop(change):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = tiny_mlp(seed=1)
+        prepared, optimizer = accelerator.prepare(model, momentum_sgd(model))
+        sharp = SharpStep(sam(0.05), prepared, optimizer, accelerator, loss_of)
+        for batch in [b for window in windows_of(ROWS, micro=4, accumulate=2)[:2] for b in window]:
+            with accelerator.accumulate(prepared):
+                sharp.backward(batch)
+                change(accelerator, prepared)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match="clipped between two micro-batches") as said:
+        loop(lambda accelerator, model: accelerator.clip_grad_norm_(model.parameters(), 0.1))
+    assert len(said) == 1
+    with pytest.raises(RuntimeError, match="changed between two micro-batches"):
+        loop(lambda _, model: [p.grad.add_(1.0) for p in model.parameters()])

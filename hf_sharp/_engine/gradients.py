@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sharp._engine.facts import StepFacts
-from hf_sharp._tensors.vector import ParamVector
+from hf_sharp._tensors.shards import local
+from hf_sharp._tensors.vector import TINY, ParamVector, wide
 
 Mark = list[tuple[int, int]]  # of each gradient, which tensor it is and how often it was changed in place
 
@@ -79,3 +80,34 @@ def mark(parameters: Iterable[nn.Parameter]) -> Mark:
         Which tensors they are, and their version counters.
     """
     return [(0, 0) if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
+
+
+def smallest(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, Tensor] | None:
+    """A sample of the gradients, to see later how they were changed.
+
+    Args:
+        parameters: the parameters.
+
+    Returns:
+        The parameter with the fewest entries among those with a gradient, and a copy of that; None if none has one.
+    """
+    found = min((p for p in parameters if p.grad is not None), key=lambda p: p.numel(), default=None)
+    return None if found is None or found.grad is None else (found, found.grad.detach().clone())
+
+
+def is_scaled(sample: tuple[nn.Parameter, Tensor] | None) -> bool:
+    """Whether a gradient was multiplied by a number of at most 1 since, as clipping does; waits for the device.
+
+    Args:
+        sample: what `smallest` gave.
+
+    Returns:
+        False also for a gradient that is gone.
+    """
+    if sample is None or sample[0].grad is None:
+        return False
+    (parameter, before), now = sample, sample[0].grad
+    assert parameter.grad is now is not None
+    before, now = wide(local(before)), wide(local(now))
+    share = (now * before).sum() / before.square().sum().clamp_min(TINY**2)
+    return bool(share <= 1) and torch.allclose(now, share * before, rtol=1e-3, atol=0)

@@ -259,14 +259,7 @@ class Landscape:
         return self._mover.shifted(shift)
 
     def at(self, weights: ParamVector) -> AbstractContextManager[None]:
-        """While open, the weights are the given ones, exactly; afterwards bitwise what they were.
-
-        Args:
-            weights: the values; None leaves a parameter where it is.
-
-        Returns:
-            The context.
-        """
+        """While open, the weights are the given ones (None: as they are), exactly; afterwards what they were."""
         return self._mover.at(weights)
 
     def restored(self, weights: Sequence[nn.Parameter]) -> AbstractContextManager[list[Tensor]]:
@@ -305,15 +298,7 @@ class Landscape:
             landscape.extend([part_of(batch, term) for batch in batches], size)
 
     def first_pass(self, batch: Batch, last: bool = False) -> Tensor:
-        """One micro-batch of the step's first evaluation, called by the integration in the host's own context.
-
-        Args:
-            batch: the next micro-batch of the window, as the host gives it.
-            last: whether it is the window's last.
-
-        Returns:
-            The loss that the host logs; with named terms, their weighted sum.
-        """
+        """One micro-batch of the step's first evaluation, in the host's own context; gives the loss that it logs."""
         if self.plan.terms is None:
             return self._passes.first_pass(batch, self._planned_shift(last))
         losses: list[Tensor] = []
@@ -336,11 +321,7 @@ class Landscape:
             self._mover.begin(first.loss if plainly and first is not None else None)
 
     def find_inflation(self, batch: Any) -> None:
-        """Let the host find out, by passes without a trace, what it divides its loss by; ask for the facts afterwards.
-
-        Args:
-            batch: the window's first micro-batch.
-        """
+        """Let the host find out, by passes without a trace, what it divides its loss by; facts are read afterwards."""
         self._host.find_inflation(batch, self._tape.kept)
 
     def compare_repetition(self) -> None:

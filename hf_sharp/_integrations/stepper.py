@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,8 @@ class Stepper:
         self._finished = False  # whether the announced window was
         self._landscape: Landscape | None = None
         self._before: dict[str, State] = {}
+        self._sample: tuple[nn.Parameter, Tensor] | None = None  # one of its gradients
+        self._clipped = False  # whether that was said
         self._left: gradients.Mark = []  # what the last micro-batch left in p.grad
         self._earlier: ParamVector | None = None  # what was in p.grad before the window
         self._actions: tuple[Action | None, Action | None] = (None, None)
@@ -111,6 +114,7 @@ class Stepper:
                 self._finish(landscape)
             else:
                 self._left = gradients.mark(landscape.facts.parameters.values())
+                self._sample = gradients.smallest(landscape.facts.parameters.values())
         except BaseException:
             self._abandon()
             switches.restore()
@@ -149,6 +153,16 @@ class Stepper:
         inside = {id(p) for p in facts.parameters.values()}
         return [p for p in (*self.host.model.parameters(), *facts.added.values()) if id(p) not in inside]
 
+    def _say_clipped(self) -> None:
+        if not self._clipped:
+            self._clipped = True
+            warnings.warn(
+                "Gradients were clipped between two micro-batches of a window. Only the last clipping counts for the "
+                "method's gradient; the others shorten what the first pass of a step has gathered so far. Clip where "
+                "the optimizer steps: if accelerator.sync_gradients: accelerator.clip_grad_norm_(...).",
+                stacklevel=4,
+            )
+
     def _continue(self) -> Landscape | None:
         """The open window's landscape, if the gradients are still what the last micro-batch left."""
         landscape = self._landscape
@@ -157,6 +171,9 @@ class Stepper:
         parameters = landscape.facts.parameters.values()
         now = gradients.mark(parameters)
         if now == self._left:
+            return landscape
+        if gradients.is_scaled(self._sample):
+            self._say_clipped()
             return landscape
         if all(p.grad is None for p in parameters):  # the host has dropped them, and so begins anew
             self.method.rollback(self._before)

@@ -98,6 +98,6 @@ class Ascent(Method):
         """The gradient at w + e; the ascent gradient becomes e in place and is gone before the second evaluation."""
         if self.fraction < 1:
             return landscape.evaluate()  # the first one, which `plan_first_pass` has shifted
-        here = landscape.evaluate(only=landscape.plan.only)
+        here = landscape.evaluate(only=landscape.plan.only, synced=not self.per_rank)
         with landscape.shifted(self.perturbation(self.direction(here.donate(), landscape), landscape)):
             return landscape.evaluate()
