@@ -102,8 +102,6 @@ class Landscape:
     def __getattr__(self, name: str) -> Any:
         return renamed(self, name, OF_LANDSCAPE)
 
-    # --- where this is -----------------------------------------------------------------------------------------------
-
     @property
     def weights(self) -> ParamVector:
         """The present weights, as views: they change when the weights do."""
@@ -187,9 +185,7 @@ class Landscape:
         return there
 
     def forward(self, reduce: Reduce) -> Sums:
-        """The model's outputs at the present weights, without gradients, reduced micro-batch by micro-batch.
-
-        Dropout is that of the first evaluation; random streams and state are left alone.
+        """The model's outputs at the present weights, without gradients and with the first evaluation's dropout.
 
         Args:
             reduce: from (outputs, batch) to something that adds up, such as a tensor of sums; outputs are not kept.

@@ -47,7 +47,13 @@ def difference(names: dict[str, Any], before: dict[str, Any], apart: frozenset[s
         Earlier values by name; `MISSING` for names that have to go.
     """
     found = {key: MISSING for key in names if key not in before and key not in apart}
-    found.update({key: value for key, value in before.items() if not unchanged(names.get(key, MISSING), value)})
+    found.update(
+        {
+            key: value
+            for key, value in before.items()
+            if (now := names.get(key, MISSING)) is not value and not unchanged(now, value)
+        }
+    )
     return found
 
 

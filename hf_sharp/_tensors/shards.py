@@ -40,7 +40,7 @@ def local(tensor: Tensor) -> Tensor:
     Returns:
         The part, without history; the tensor itself if it is not sharded.
     """
-    if not sharded(tensor):
+    if type(tensor) in PLAIN or not sharded(tensor):  # asked for every tensor, many times a step
         return tensor
     source: Any = tensor
     with torch.no_grad():
