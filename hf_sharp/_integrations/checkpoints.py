@@ -6,6 +6,9 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 PREFIX, STATE, RANDOM = "checkpoint-", "trainer_state.json", "rng_state*.pth"
 
@@ -46,3 +49,25 @@ def _is_complete(checkpoint: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # JSON and text that break off are ValueErrors
         return False
     return all(zipfile.is_zipfile(file) for file in checkpoint.glob(RANDOM))  # their directory stands at the end
+
+
+def read_state(path: Path, device: str) -> dict[str, Any]:
+    """A method's state as a checkpoint has it.
+
+    Args:
+        path: the file.
+        device: where to put the tensors.
+
+    Returns:
+        Tensors and numbers by name.
+
+    Raises:
+        ValueError: if the file is broken.
+    """
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            numbers = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if ":" in key}
+            # Copied, since what `get_tensor` gives on the CPU is a window on the file: it would change with the file.
+            return {**numbers, **{key: file.get_tensor(key).clone() for key in file.keys()}}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Resume from another checkpoint.") from error
