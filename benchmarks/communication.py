@@ -122,7 +122,7 @@ def count(name: str, options: argparse.Namespace) -> list[list[tuple[str, int]]]
         trainer = SharpTrainer(
             model=model_of(options.hidden),
             args=arguments,
-            train_dataset=rows,  # pyright: ignore[reportArgumentType]
+            train_dataset=rows,
             method=config_of(name),
             callbacks=[steps],
         )

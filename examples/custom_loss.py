@@ -43,7 +43,7 @@ def main(steps: int = 200) -> float:
             model=BertForSequenceClassification(BertConfig(**config)),
             args=TrainingArguments(folder, max_steps=steps, save_strategy="no", **settings),
             method=sam(rho=0.05),
-            train_dataset=rows(2000, seed=0),  # pyright: ignore[reportArgumentType]
+            train_dataset=rows(2000, seed=0),
             compute_loss_func=focal_loss,
             compute_metrics=lambda test: {"accuracy": float((test.predictions.argmax(-1) == test.label_ids).mean())},  # pyright: ignore
         )

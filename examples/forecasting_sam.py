@@ -40,7 +40,7 @@ def run(data: tuple[Windows, Windows, Windows], attention: bool, rho: float, see
         )
         trainer.train()
         print(f"stopped after {trainer.state.epoch:.0f} epochs", flush=True)
-        return trainer.evaluate(test)["eval_loss"]  # pyright: ignore[reportArgumentType]
+        return trainer.evaluate(test)["eval_loss"]
 
 
 def main(steps: int = -1, data_file: str = "", seeds: int = 1, rho: float = 0.5) -> float:

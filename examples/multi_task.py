@@ -45,7 +45,7 @@ def main(steps: int = 500) -> float:
     method = Sum(upper=SAM(Perturbation(rho=0.02)), even=Plain(), weights={"even": 0.5})
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, save_strategy="no", **settings)
-        SharpTrainer(model, args, default_collate, data, method=method).train()  # pyright: ignore[reportArgumentType]
+        SharpTrainer(model, args, default_collate, data, method=method).train()
     scores = []
     for name, part in default_collate(rows(512, seed=1)).items():
         scores.append(float((model.eval()(**part)["logits"].argmax(-1) == part[name]).float().mean()))

@@ -148,7 +148,7 @@ def run(trainer: SharpTrainer, checkpoint: str | None, test: Images, corrupted: 
     """Make one run, from its checkpoint if it has one, and return what came out."""
     trainer.add_callback(timer := report.StepTimer())
     trainer.train(resume_from_checkpoint=checkpoint)
-    scores = trainer.evaluate(test, metric_key_prefix="test")  # pyright: ignore[reportArgumentType]
+    scores = trainer.evaluate(test, metric_key_prefix="test")
     logits: Any = trainer.predict(corrupted).predictions  # pyright: ignore[reportArgumentType]
     gaps = [entry["sharp_gap"] for entry in trainer.state.log_history if "sharp_gap" in entry]
     measured = {"value": scores["test_accuracy"], "loss": scores["test_loss"], "steps": trainer.state.global_step}

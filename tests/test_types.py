@@ -1,15 +1,21 @@
 """What an editor flags before anything runs: names and options that there are not."""
 
+import inspect
 import json
 import subprocess
 import sys
 
 import pytest
+from transformers import Seq2SeqTrainer, Trainer
 
+from hf_sharp import SharpSeq2SeqTrainer, SharpTrainer
 from pages import ROOT
 
 PROGRAM = """
-from hf_sharp import Method, SharpConfig, SharpTrainer, UnlearnTrainer, gsam, preset, sam
+from transformers import Trainer, TrainingArguments
+
+from hf_sharp import Method, SharpConfig, SharpSeq2SeqTrainer, SharpTrainer, UnlearnTrainer
+from hf_sharp import gsam, make_sharp, preset, sam
 
 @preset
 def mine(rho: float = 0.05) -> Method:
@@ -28,6 +34,24 @@ SharpTrainer(method="lookbehind_sam")
 SharpTrainer(method={"method": "mine", "rho": 0.1})
 SharpTrainer(method=mine(0.1))
 gsam(0.1, minimize_fp=False)
+
+class MyTrainer(Trainer):
+    def hello(self) -> int:
+        return 1
+
+class Better(make_sharp(MyTrainer)):
+    pass
+
+make_sharp(MyTrainer)(None, method="sam", compute_metrics=None).hello()
+make_sharp(MyTrainer)(method="smm")  # wrong
+make_sharp(MyTrainer)(method="sam").goodbye()  # wrong
+isinstance(Better(method="sam"), make_sharp(MyTrainer))
+SharpTrainer(train_datset=[1], method="sam")  # wrong
+SharpTrainer(None, TrainingArguments(), train_dataset=[1], method="sam", rounding="nearest").train()
+SharpTrainer(None, {})  # wrong
+SharpSeq2SeqTrainer(method="smm")  # wrong
+SharpSeq2SeqTrainer(eval_datset=[1])  # wrong
+SharpSeq2SeqTrainer(eval_dataset={"one": [1]}, method=sam(0.1))
 """
 
 
@@ -41,3 +65,11 @@ def test_names_and_options_that_there_are_not_are_flagged(tmp_path):
     done = subprocess.run(command, text=True, capture_output=True, timeout=300)
     found = {each["range"]["start"]["line"] for each in json.loads(done.stdout)["generalDiagnostics"]}
     assert found == {number for number, line in enumerate(PROGRAM.splitlines()) if "# wrong" in line}
+
+
+@pytest.mark.parametrize("ours, theirs", [(SharpTrainer, Trainer), (SharpSeq2SeqTrainer, Seq2SeqTrainer)])
+def test_the_arguments_shown_are_the_trainers_own_in_its_order(ours, theirs):
+    shown = [(p.name, p.kind, p.default) for p in inspect.signature(ours).parameters.values()]
+    wanted = [(p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()]
+    own = {"method": None, "rounding": "stochastic", "check_repeats": True}
+    assert shown == [*wanted, *((name, inspect.Parameter.KEYWORD_ONLY, default) for name, default in own.items())]

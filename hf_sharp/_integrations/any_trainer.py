@@ -10,25 +10,27 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_sharp._integrations.refusals import refuse_class
+from hf_sharp._integrations.signatures import SharpClass
 from hf_sharp._integrations.trainer import SharpMixin, SharpSeq2SeqTrainer, SharpTrainer
 
+T = TypeVar("T", bound=Trainer)
 READY: dict[type[Trainer], type[Trainer]] = {Trainer: SharpTrainer, Seq2SeqTrainer: SharpSeq2SeqTrainer}
 TRL = {"SharpSFTTrainer": "SFTTrainer", "SharpDPOTrainer": "DPOTrainer", "SharpRewardTrainer": "RewardTrainer"}
 
 
-@functools.cache
-def make_sharp(trainer: type[Trainer]) -> type[Trainer]:
+def make_sharp(trainer: type[T]) -> SharpClass[T]:
     """A sharpness-aware version of any Trainer class.
 
     What the class overrides (`compute_loss`, `training_step`, `log`) goes on working, and is called in every pass.
     What it writes into its attributes meanwhile (numbers, lists, dicts) counts once.
 
-    It is refused (`ValueError`) if it generates its data while it trains, or has arguments of the same names itself.
+    Refused are classes that generate their data while they train or have arguments of the same names (`ValueError`),
+    and what is no Trainer class (`TypeError`).
 
     Args:
         trainer: a subclass of `transformers.Trainer`.
@@ -39,14 +41,17 @@ def make_sharp(trainer: type[Trainer]) -> type[Trainer]:
         To be pickled it must be found: `SharpOwn = make_sharp(Own)` in the module that defines `Own`, or a class
         statement `class Better(make_sharp(Own))` anywhere.
 
-    Raises:
-        TypeError: if it is no Trainer class.
-
     Example:
         >>> from transformers import Trainer
         >>> make_sharp(Trainer).__name__
         'SharpTrainer'
     """
+    return cast("SharpClass[T]", _sharp_class(trainer))
+
+
+@functools.cache
+def _sharp_class(trainer: type[Trainer]) -> type[Trainer]:
+    """What `make_sharp` returns, made once for each class."""
     if not isinstance(trainer, type) or not issubclass(trainer, Trainer):
         raise TypeError(f"make_sharp takes a subclass of transformers.Trainer, the class itself; got {trainer!r}.")
     if issubclass(trainer, SharpMixin):

@@ -128,25 +128,25 @@ class SharpOptimizer(torch.optim.Optimizer):
         return getattr(self.base, name)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's own list, so that schedulers write into what it steps by."""
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def state(self) -> Any:
         """The base's own state, in which checkpoints and Accelerate find what they expect."""
         return self.base.state
 
     @state.setter
-    def state(self, state: Any) -> None:
+    def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def defaults(self) -> dict[str, Any]:
         """The base's own defaults."""
         return self.base.defaults
 
@@ -175,7 +175,7 @@ class SharpOptimizer(torch.optim.Optimizer):
         """
         self.base.zero_grad(set_to_none=set_to_none)
 
-    def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Closure | None = None) -> Any:
         """With a closure, the method's gradient and then the base's step.
 
         Args:

@@ -7,9 +7,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sized
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -26,18 +26,26 @@ from hf_sharp._integrations.notes import seen_weights, uncompiled
 from hf_sharp._integrations.record import card_section, columns_of, differences, record_of, tell_trackers
 from hf_sharp._integrations.refusals import check_method, refuse, refuse_line_search
 from hf_sharp._integrations.search import searched, settings_apart
+from hf_sharp._integrations.signatures import seq2seq_arguments, shown_as, trainer_arguments
 from hf_sharp._integrations.states import load_state, read_state, state_of
 from hf_sharp._integrations.stepper import Stepper
 from hf_sharp._integrations.trainer_host import TrainerHost
 from hf_sharp._methods.base import added_by
 from hf_sharp._methods.own import check_class
 from hf_sharp._presets.config import MethodLike, read_method, read_record
+from hf_sharp._tensors.types import Batch, is_mapping
 
 logger = logging.getLogger(__name__)
 CONFIG_NAME, STATE_NAME = "sharp_config.json", "sharp_state.safetensors"
 
 
-class SharpMixin:
+if TYPE_CHECKING:
+    Base = Trainer  # what the mixin's `super()` finds, once it is mixed into a Trainer
+else:
+    Base = object
+
+
+class SharpMixin(Base):
     """Puts a sharpness-aware method into a Trainer; the class it is mixed into comes after it.
 
     It overrides `get_batch_samples` (to see the accumulation window), `training_step` (to run the method at the
@@ -63,21 +71,21 @@ class SharpMixin:
         self._sharp_stepper: Stepper | None = None
         self._sharp_announced = self._sharp_warned = False
         super().__init__(*args, **kwargs)
-        self._sharp_host = TrainerHost(self, super().training_step)  # pyright: ignore
+        self._sharp_host = TrainerHost(self, super().training_step)
         self._sharp_attachment = Attachment()
         self._sharp_host.added = self._sharp_attachment.parameters
         if self.method is not None:
             check_class(self.method)
-            refuse(self, self.method)  # pyright: ignore
+            refuse(self, self.method)
             self._sharp_stepper = Stepper(self.method, self._sharp_host, rounding, check_repeats)
-            if self.model is not None:  # pyright: ignore
+            if self.model is not None:
                 self._check_method()
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The Trainer's, remembering the window."""
-        batches, items = super().get_batch_samples(*args, **kwargs)  # pyright: ignore
+        batches, items = super().get_batch_samples(*args, **kwargs)
         if self._sharp_stepper is not None:
             self._sharp_stepper.begin_window(batches)
         return batches, items
@@ -95,26 +103,27 @@ class SharpMixin:
         """
         stepper = self._sharp_stepper
         if stepper is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore
+            return super().training_step(model, inputs, num_items_in_batch)
         self._sharp_host.wrapped, self._sharp_host.items = model, num_items_in_batch
         measuring = self._measures_next_step()
         if not stepper.expects_more:
             return stepper.single_micro_batch(inputs, measuring)
-        return stepper.micro_batch(inputs, self.accelerator.sync_gradients, measuring)  # pyright: ignore
+        return stepper.micro_batch(inputs, self.accelerator.sync_gradients, measuring)
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
         """The Trainer's, without the rows' numbers, which are for the method and not for the model."""
         given = inputs
-        if self._knows_samples() and isinstance(inputs, Mapping) and SAMPLE_INDEX in inputs:
-            inputs = {key: value for key, value in inputs.items() if key != SAMPLE_INDEX}
+        if self._knows_samples() and is_mapping(given) and SAMPLE_INDEX in given:
+            inputs = {key: value for key, value in given.items() if key != SAMPLE_INDEX}
         if term_of(given) is not None:
             inputs = dict(inputs)  # the Trainer rebuilds mappings by their class
-        return like(super()._prepare_inputs(inputs), given)  # pyright: ignore
+        return like(super()._prepare_inputs(inputs), given)
 
     def _set_signature_columns_if_needed(self) -> None:
         """The Trainer's, keeping the column with the rows' numbers."""
-        super()._set_signature_columns_if_needed()  # pyright: ignore
-        columns = self._signature_columns  # pyright: ignore
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns
+        assert columns is not None
         if self._knows_samples() and SAMPLE_INDEX not in columns:
             columns.append(SAMPLE_INDEX)
 
@@ -130,62 +139,62 @@ class SharpMixin:
             True if its metrics are wanted.
         """
         assert self.method is not None
-        args, state = self.args, self.state  # pyright: ignore
+        args, state = self.args, self.state
         step = state.global_step + 1
         if step == 1 and args.logging_first_step:
             return True
-        loader, every, rest = self.callback_handler.train_dataloader, 0, state.max_steps  # pyright: ignore
+        loader, every, rest = self.callback_handler.train_dataloader, 0, state.max_steps
         if args.logging_strategy == "steps":
             every = state.logging_steps
-        elif args.logging_strategy == "epoch" and hasattr(loader, "__len__"):
+        elif args.logging_strategy == "epoch" and isinstance(loader, Sized):
             every, rest = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1), state.max_steps - step
         return bool(every) and min(-step % every, rest) < self.method.period
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
-        """The operations of all passes made since the last call, so that FLOs count what was computed."""
+    def floating_point_ops(self, inputs: dict[str, Any]) -> Any:
+        """The operations of all passes made since the last call, so that FLOs count what was computed: a float."""
         made, self._sharp_host.flops = self._sharp_host.flops, 0.0
-        return made or super().floating_point_ops(inputs)  # pyright: ignore
+        return made or super().floating_point_ops(inputs)
 
     # --- the start of training ---------------------------------------------------------------------------------------
 
     def _hp_search_setup(self, trial: Any) -> None:
         """The Trainer's; what a search names `sharp_...` are the method's settings, which the arguments lack."""
-        if self.hp_search_backend is None or trial is None:  # pyright: ignore
-            return super()._hp_search_setup(trial)  # pyright: ignore
+        if self.hp_search_backend is None or trial is None:
+            return super()._hp_search_setup(trial)
         with settings_apart(self, trial) as (rest, own):
-            super()._hp_search_setup(rest)  # pyright: ignore
+            super()._hp_search_setup(rest)
         self.method, self.sharp_config = searched(self._sharp_given, own)
         self._sharp_stepper, self._sharp_announced = None, False
         if self.method is not None:
-            refuse(self, self.method)  # pyright: ignore
+            refuse(self, self.method)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self.method is None:
-            return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
+            return super()._inner_training_loop(*args, **kwargs)
         self.method.reset()
         self._sharp_stepper = Stepper(self.method, self._sharp_host, self._sharp_rounding, self._sharp_check)
         self._sharp_host.flops, self._sharp_warned = 0.0, False
         self._check_method()
-        if not self._sharp_announced and self.is_world_process_zero():  # pyright: ignore
+        if not self._sharp_announced and self.is_world_process_zero():
             self._sharp_announced = True
             print(self.describe_method())
         self._describe_arguments()
         try:
-            return super()._inner_training_loop(*args, **kwargs)  # pyright: ignore
+            return super()._inner_training_loop(*args, **kwargs)
         finally:
             self._sharp_attachment.detach()
             self._sharp_stepper.end()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, joined to the method."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore
+        optimizer = super().create_optimizer(*args, **kwargs)
         stepper = self._sharp_stepper
         if stepper is not None:
             self._check_method()  # once more, with what the optimizer is known to keep and to train
-            refuse_line_search(base_of(self.optimizer))  # pyright: ignore
+            refuse_line_search(base_of(self.optimizer))
             values = added_by(stepper.method, Landscape(self._sharp_host))
             around = (stepper.before_update, stepper.after_update)
-            self._sharp_attachment.attach(self.optimizer, values, *around)  # pyright: ignore
+            self._sharp_attachment.attach(self.optimizer, values, *around)
         return optimizer
 
     def _check_method(self) -> None:
@@ -203,7 +212,7 @@ class SharpMixin:
             return "hf_sharp: plain training (no method)."
         landscape = Landscape(self._sharp_host)
         told = [text for _, part in self.method.named_parts() if (text := part.start_note(landscape)) is not None]
-        compiled = self.args.torch_compile or is_compiled_module(self.model)  # pyright: ignore
+        compiled = self.args.torch_compile or is_compiled_module(self.model)
         note = f"at {self.method.cost:g} passes a step.{uncompiled(self.method) if compiled else ''}"
         if told:
             return f"hf_sharp: {self.method!r} {told[0]}, {note}"
@@ -220,7 +229,7 @@ class SharpMixin:
         return columns_of(self.method)
 
     def _describe_arguments(self) -> None:
-        tell_trackers(self.callback_handler, self._columns())  # pyright: ignore
+        tell_trackers(self.callback_handler, self._columns())
 
     # --- logs --------------------------------------------------------------------------------------------------------
 
@@ -229,14 +238,14 @@ class SharpMixin:
         stepper = self._sharp_stepper
         if stepper is not None and stepper.metrics and "loss" in logs:
             logs.update(self._read_metrics(stepper.pop_metrics()))
-        super().log(logs, *args, **kwargs)  # pyright: ignore
+        super().log(logs, *args, **kwargs)
 
     def _read_metrics(self, metrics: dict[str, Any]) -> dict[str, float]:
         tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         if tensors:  # one wait for the device, on logging steps only
-            stacked = torch.stack([t.to(self.args.device).float().reshape(()) for t in tensors.values()])  # pyright: ignore
-            if self.accelerator.num_processes > 1:  # pyright: ignore
-                stacked = self.accelerator.reduce(stacked, reduction="mean")  # pyright: ignore
+            stacked = torch.stack([t.to(self.args.device).float().reshape(()) for t in tensors.values()])
+            if self.accelerator.num_processes > 1:
+                stacked = cast("Tensor", self.accelerator.reduce(stacked, reduction="mean"))
             metrics = {**metrics, **dict(zip(tensors, stacked.tolist(), strict=True))}
         component, noise = metrics.get("sharp_component", 1.0), metrics.get("sharp_noise", 0.0)
         negligible = metrics.get("sharp_radius", 1.0) < 1e-4  # TRAM's radius starts at zero and may stay there
@@ -257,9 +266,9 @@ class SharpMixin:
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with the record of the method beside the model, also where it leaves shards to later."""
-        super().save_model(output_dir, *args, **kwargs)  # pyright: ignore
-        if self.args.should_save:  # pyright: ignore
-            path = Path(output_dir if output_dir is not None else self.args.output_dir) / CONFIG_NAME  # pyright: ignore
+        super().save_model(output_dir, *args, **kwargs)
+        if self.args.should_save:
+            path = Path(str(self.args.output_dir if output_dir is None else output_dir)) / CONFIG_NAME
             if self.method is None:
                 path.unlink(missing_ok=True)  # of an earlier training into the same folder
             else:
@@ -267,22 +276,22 @@ class SharpMixin:
                 path.write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore
+        super()._save_optimizer_and_scheduler(output_dir)
         state = {} if self.method is None else state_of(self.method, self._sharp_attachment)
-        if self._remembers() and self.args.should_save:  # pyright: ignore
+        if self._remembers() and self.args.should_save:
             tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
             numbers = {key: json.dumps(value) for key, value in state.items() if not isinstance(value, Tensor)}
             save_file(tensors, os.path.join(output_dir, STATE_NAME), metadata={"format": "pt", **numbers})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
+            return super()._load_optimizer_and_scheduler(checkpoint)
         config, path = Path(checkpoint) / CONFIG_NAME, Path(checkpoint) / STATE_NAME
-        device: torch.device = self.args.device  # pyright: ignore
+        device: torch.device = self.args.device
         place = "cpu" if device.type == "cpu" or self._sharp_host.sharded else str(device)
         state = read_state(path, place) if path.is_file() else {}
         self._sharp_attachment.check(state)
-        super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore
+        super()._load_optimizer_and_scheduler(checkpoint)
         saved = read_record(config) if config.is_file() else {}
         for said in differences(saved, self.method, self._sharp_rounding):
             warnings.warn(said, stacklevel=2)
@@ -297,9 +306,9 @@ class SharpMixin:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with a section and a tag that say how the gradient was got."""
-        super().create_model_card(*args, **kwargs)  # pyright: ignore
-        path = Path(self.args.output_dir) / "README.md"  # pyright: ignore
-        if self.method is None or not self.is_world_process_zero() or not path.is_file():  # pyright: ignore
+        super().create_model_card(*args, **kwargs)
+        path = Path(str(self.args.output_dir)) / "README.md"
+        if self.method is None or not self.is_world_process_zero() or not path.is_file():
             return
         card = ModelCard.load(path, ignore_metadata_errors=True)
         tags = card.data.to_dict().get("tags") or []
@@ -325,6 +334,14 @@ class SharpTrainer(SharpMixin, Trainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
+    @shown_as(trainer_arguments)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
 
 class SharpSeq2SeqTrainer(SharpMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with one more argument, `method`; see `SharpMixin`."""
+
+    @shown_as(seq2seq_arguments)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)

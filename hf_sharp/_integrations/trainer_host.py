@@ -61,7 +61,7 @@ class TrainerHost(AcceleratorHost):
         return self.trainer.optimizer
 
     @property
-    def model(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def model(self) -> nn.Module:
         """The Trainer's model, unwrapped."""
         return self.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
 

@@ -55,7 +55,7 @@ class Ascent(Method):
             )
 
     @property
-    def ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def ahead(self) -> bool:
         """On a fraction the host's own pass is the shifted one."""
         return self.fraction < 1
 

@@ -39,7 +39,7 @@ class Perturbation(Part):
         if isinstance(self.rho, Constant):
             object.__setattr__(self, "rho", self.rho.rho)
         if not callable(self.rho) or isinstance(self.rho, type):
-            object.__setattr__(self, "rho", check_radius(self.rho))  # type: ignore[arg-type]
+            object.__setattr__(self, "rho", check_radius(self.rho))
         if not isinstance(self.ball, Ball):
             raise ValueError(f"ball is a Ball, such as AdaptiveBall(eta=0.01); got {self.ball!r}.")
         if self.mask is not None and not isinstance(self.mask, Mask):

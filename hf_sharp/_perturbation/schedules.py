@@ -20,7 +20,7 @@ def check_strength(value: float | Schedule, name: str) -> None:
         name: what to call it in the error.
     """
     if not callable(value) or isinstance(value, type):
-        check_radius(value, name)  # type: ignore[arg-type]
+        check_radius(value, name)
 
 
 def strength_at(value: float | Schedule, facts: StepFacts, name: str) -> float:

@@ -340,8 +340,9 @@ def _table(path: Path) -> list[Any]:
 
 def _objects(path: Path) -> list[Any]:
     """Read JSON: a list of objects, or an object a line, whatever the file is called."""
+    text = path.read_text(encoding="utf-8")
     try:
-        found = json.loads(text := path.read_text(encoding="utf-8"))
+        found = json.loads(text)
     except json.JSONDecodeError:
         found = [json.loads(line) for line in io.StringIO(text) if line.strip()]
     return found if isinstance(found, list) else [found]
