@@ -33,7 +33,7 @@ def measure(entries: int, rho: float, device: str, rounding: str) -> tuple[float
     if device != "cpu":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    metrics: dict[str, Tensor] = measure_shift([weight], [saved], [step], [torch.bfloat16])
+    metrics: dict[str, Tensor] = measure_shift([weight], [saved], [step], [torch.bfloat16], [None])
     return float(metrics["sharp_component"]), float(metrics["sharp_noise"]), seconds
 
 

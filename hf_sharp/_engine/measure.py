@@ -36,7 +36,9 @@ def measure_shift(
         `sharp_component` = <w' - w, e> / |e|^2, which should be 1, and `sharp_noise` = |w' - w - e| / |e|; 1 and 0
         for e = 0.
     """
-    along, length, noise = [], [], []
+    along: list[tuple[Tensor, Tensor]] = []
+    length: list[tuple[Tensor, Tensor]] = []
+    noise: list[tuple[Tensor, Tensor]] = []
     for weight, old, step, grid, arrives in zip(weights, saved, steps, grids, through, strict=True):
         for real, wanted in _shifts(weight, old, step, grid, arrives):
             along.append((weight, (real * wanted).sum()))

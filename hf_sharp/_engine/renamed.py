@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-FACTS = ("step", "total_steps", "warmup_steps", "lr", "lr_max", "loss_scale", "names", "added", "autocast")
-FACTS += ("shifts_labels", "sharded", "named", "vector", "cast", "random")
+FACTS = (
+    *("step", "total_steps", "warmup_steps", "lr", "lr_max", "loss_scale", "names", "added", "autocast"),
+    *("shifts_labels", "sharded", "named", "vector", "cast", "random"),
+)
 OF_EVALUATION = {"take": "donate"}
 OF_LANDSCAPE = {name: f"facts.{name}" for name in FACTS} | {
     "look": "outputs_at",

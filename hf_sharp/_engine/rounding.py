@@ -60,9 +60,20 @@ def cast_by_autocast(modules: Iterable[nn.Module]) -> set[int]:
     """
     modules = list(modules)
     matrices = [m for m in modules if isinstance(m, nn.Linear | _ConvNd) or type(m).__name__ == "Conv1D"]
-    tables = {id(m._parameters.get("weight")) for m in modules if isinstance(m, nn.Embedding)}
-    # Read where parameters are kept: `m.weight` of a parametrized module is made anew, and may move its state.
-    return {id(m._parameters["weight"]) for m in matrices if m._parameters.get("weight") is not None} - tables
+    tables = {id(own_weight(m)) for m in modules if isinstance(m, nn.Embedding)}
+    return {id(weight) for m in matrices if (weight := own_weight(m)) is not None} - tables
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """The parameter `weight` of a module, read where it is kept.
+
+    Args:
+        module: any.
+
+    Returns:
+        The parameter; None for a parametrized module, whose `weight` is made anew, which may move its state.
+    """
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False)).get("weight")
 
 
 def grids_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,13 +100,14 @@ def places(batch: Any) -> dict[str, Tensor]:
         Tensors by a name such as "pixel_values" or "images.0".
     """
     found: dict[str, Tensor] = {}
-    waiting = [("", batch)]
+    waiting: list[tuple[str, Any]] = [("", batch)]
     while waiting:
         place, value = waiting.pop()
         if isinstance(value, Tensor):
             found[place] = value
         elif isinstance(value, Mapping | list | tuple):
-            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            inside: Any = value
+            pairs: Iterable[tuple[Any, Any]] = inside.items() if isinstance(value, Mapping) else enumerate(inside)
             waiting += [(f"{place}.{key}".lstrip("."), inner) for key, inner in pairs]
     return found
 
@@ -157,7 +158,7 @@ def changed(batch: Any, copied: Mapping[str, Tensor], before: Mapping[str, int])
 @contextmanager
 def kept(
     batch: Any, copied: Mapping[str, Tensor] | None = None, before: Mapping[str, int] | None = None
-) -> Iterator[None]:
+) -> Generator[None]:
     """While open, a micro-batch has the values of an earlier time; afterwards those that it has now.
 
     Args:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_sharp._engine.rounding import own_weight
 from hf_sharp._tensors.shards import sharded
 
 Function = Callable[[Tensor], Tensor]
@@ -49,12 +50,13 @@ def seen_through(modules: Iterable[nn.Module]) -> dict[int, Seen]:
     found: dict[int, Seen] = {}
     for module in modules:
         if parametrize.is_parametrized(module):
-            for each in module.parametrizations.values():  # pyright: ignore
-                if isinstance(original := each._parameters.get("original"), nn.Parameter):
+            each: Any
+            for each in cast("Any", module).parametrizations.values():
+                if isinstance(original := vars(each)["_parameters"].get("original"), nn.Parameter):
                     found.setdefault(id(original), _seen(list(each)))
-        weight = module._parameters.get("weight")
-        quantisers = [q for name in QUANTISERS if (q := module._modules.get(name)) is not None]
-        if weight is not None and quantisers and module._modules.get("bn") is None:
+        weight, children = own_weight(module), dict(module.named_children())
+        quantisers = [children[name] for name in QUANTISERS if name in children]
+        if weight is not None and quantisers and "bn" not in children:
             found.setdefault(id(weight), _seen(quantisers))
     return found
 

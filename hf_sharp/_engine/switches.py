@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Switches(NamedTuple):
 
 
 @contextmanager
-def eager(region: Callable[[Callable[[], None]], AbstractContextManager[None]]) -> Iterator[None]:
+def eager(region: Callable[[Callable[[], None]], AbstractContextManager[None]]) -> Generator[None]:
     """While open, compiled code runs as it was written.
 
     Args:

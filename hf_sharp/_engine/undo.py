@@ -36,7 +36,7 @@ class Undo:
             if any(entry is other for other in self._actions):
                 self._put_back_down_to(entry)
 
-    def _put_back_down_to(self, entry: tuple[Callable[[], None]]) -> None:
+    def _put_back_down_to(self, entry: tuple[Callable[[], object]]) -> None:
         """Put back what was moved inside a region, if an interrupt has kept it from being so, and then the region."""
         while self._actions:
             last = self._actions[-1]

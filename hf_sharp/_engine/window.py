@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -163,7 +163,7 @@ class Window:
         Returns:
             The loss of each.
         """
-        losses = []
+        losses: list[Tensor] = []
         with self.kept():
             for index, (batch, normaliser, entry) in enumerate(passes):
                 self.current = index
@@ -188,7 +188,7 @@ class Window:
                 yield self._host.forward(batch), batch
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> Generator[None]:
         """While open, passes leave no trace in random streams, state and micro-batches.
 
         The micro-batches are meanwhile what they were before their first passes, which may have changed ids in place.

@@ -212,7 +212,7 @@ class SharpMixin(Base):
             return "hf_sharp: plain training (no method)."
         landscape = Landscape(self._sharp_host)
         told = [text for _, part in self.method.named_parts() if (text := part.start_note(landscape)) is not None]
-        compiled = self.args.torch_compile or is_compiled_module(self.model)
+        compiled = self.args.torch_compile or (self.model is not None and is_compiled_module(self.model))
         note = f"at {self.method.cost:g} passes a step.{uncompiled(self.method) if compiled else ''}"
         if told:
             return f"hf_sharp: {self.method!r} {told[0]}, {note}"
