@@ -43,7 +43,7 @@ def measure_shift(
         for real, wanted in _shifts(weight, old, step, grid, arrives):
             along.append((weight, (real * wanted).sum()))
             length.append((weight, wanted.square().sum()))
-            noise.append((weight, (real - wanted).square().sum()))
+            noise.append((weight, real.sub_(wanted).square().sum()))
     squared = summed(length)
     component, rest = summed(along) / squared, (summed(noise) / squared).sqrt()
     return {

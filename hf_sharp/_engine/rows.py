@@ -105,10 +105,10 @@ def places(batch: Any) -> dict[str, Tensor]:
         place, value = waiting.pop()
         if isinstance(value, Tensor):
             found[place] = value
-        elif isinstance(value, Mapping | list | tuple):
-            inside: Any = value
-            pairs: Iterable[tuple[Any, Any]] = inside.items() if isinstance(value, Mapping) else enumerate(inside)
-            waiting += [(f"{place}.{key}".lstrip("."), inner) for key, inner in pairs]
+        elif is_mapping(value):
+            waiting += [(f"{place}.{key}".lstrip("."), inner) for key, inner in value.items()]
+        elif is_sequence(value):
+            waiting += [(f"{place}.{index}".lstrip("."), inner) for index, inner in enumerate(value)]
     return found
 
 

@@ -52,7 +52,8 @@ def seen_through(modules: Iterable[nn.Module]) -> dict[int, Seen]:
         if parametrize.is_parametrized(module):
             each: Any
             for each in cast("Any", module).parametrizations.values():
-                if isinstance(original := vars(each)["_parameters"].get("original"), nn.Parameter):
+                kept: dict[str, nn.Parameter] = vars(each)["_parameters"]
+                if (original := kept.get("original")) is not None:
                     found.setdefault(id(original), _seen(list(each)))
         weight, children = own_weight(module), dict(module.named_children())
         quantisers = [children[name] for name in QUANTISERS if name in children]

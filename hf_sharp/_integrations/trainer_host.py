@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import FunctionType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -164,9 +164,8 @@ class TrainerHost(AcceleratorHost):
         losses = []
         for items in (self.items, 2 * self.items):
             with kept(), torch.no_grad(), self.trainer.compute_loss_context_manager():
-                inputs = dict(
-                    self.trainer._prepare_inputs(cast("Any", batch))
-                )  # the Trainer takes labels out of its own dict
+                given: Any = batch
+                inputs = dict(self.trainer._prepare_inputs(given))  # the Trainer takes labels out of its own dict
                 self.wrapped.train()
                 losses.append(self.trainer.compute_loss(self.wrapped, inputs, num_items_in_batch=items))
         self._ignores_items = torch.equal(*losses)
