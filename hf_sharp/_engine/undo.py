@@ -33,7 +33,7 @@ class Undo:
             yield
         finally:
             # An abandoned generator is closed by the garbage collector, perhaps steps later: by then it has no say.
-            if any(entry is other for other in self._actions):
+            if any([entry is other for other in self._actions]):
                 self._put_back_down_to(entry)
 
     def _put_back_down_to(self, entry: tuple[Callable[[], object]]) -> None:
