@@ -220,7 +220,7 @@ class Sweep:
 PLACES = [(name, (by_trainer, by_loop)[index % 2]) for index, name in enumerate(METHODS)]
 
 
-# An interrupt in a generator that is being thrown away goes no further: Python prints it, which pytest takes for a warning.
+# An interrupt in a generator that is being thrown away goes no further: Python prints it, and pytest warns.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("name", "place"), [*PLACES, ("sam", by_loop)])
 def test_an_interrupt_leaves_no_trace(name, place, tmp_path):
