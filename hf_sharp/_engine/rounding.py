@@ -64,16 +64,17 @@ def cast_by_autocast(modules: Iterable[nn.Module]) -> set[int]:
     return {id(weight) for m in matrices if (weight := own_weight(m)) is not None} - tables
 
 
-def own_weight(module: nn.Module) -> nn.Parameter | None:
-    """The parameter `weight` of a module, read where it is kept.
+def own_weight(module: nn.Module, name: str = "weight") -> nn.Parameter | None:
+    """A module's own parameter of some name, read where it is kept.
 
     Args:
         module: any.
+        name: the parameter's.
 
     Returns:
         The parameter; None for a parametrized module, whose `weight` is made anew, which may move its state.
     """
-    return dict(module.named_parameters(recurse=False, remove_duplicate=False)).get("weight")
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(name)
 
 
 def grids_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,9 @@ def seen_through(modules: Iterable[nn.Module]) -> dict[int, Seen]:
     found: dict[int, Seen] = {}
     for module in modules:
         if parametrize.is_parametrized(module):
-            each: Any
-            for each in cast("Any", module).parametrizations.values():
-                kept: dict[str, nn.Parameter] = vars(each)["_parameters"]
-                if (original := kept.get("original")) is not None:
-                    found.setdefault(id(original), _seen(list(each)))
+            for each in dict(module.named_children())["parametrizations"].children():
+                if (original := own_weight(each, "original")) is not None:
+                    found.setdefault(id(original), _seen(list(each.children())))
         weight, children = own_weight(module), dict(module.named_children())
         quantisers = [children[name] for name in QUANTISERS if name in children]
         if weight is not None and quantisers and "bn" not in children:
