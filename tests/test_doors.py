@@ -544,5 +544,12 @@ def test_clipping_in_mid_window_is_said_once_and_other_changes_are_refused():
     with pytest.warns(UserWarning, match="clipped between two micro-batches") as said:
         loop(lambda accelerator, model: accelerator.clip_grad_norm_(model.parameters(), 0.1))
     assert len(said) == 1
-    with pytest.raises(RuntimeError, match="changed between two micro-batches"):
-        loop(lambda _, model: [p.grad.add_(1.0) for p in model.parameters()])
+    changes = {
+        "all of them": lambda _, model: [p.grad.add_(1.0) for p in model.parameters()],
+        "one of them": lambda _, model: model.hidden.weight.grad.add_(1.0),
+        "one is dropped": lambda _, model: model.hidden.weight.grad.zero_(),
+        "longer": lambda _, model: [p.grad.mul_(2.0) for p in model.parameters()],
+    }
+    for change in changes.values():
+        with pytest.raises(RuntimeError, match="changed between two micro-batches"):
+            loop(change)

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from hf_sharp import Every, Method, Perturbation, SharpOptimizer, SharpStep, SharpTrainer
+from hf_sharp import Every, FirstPass, Method, Perturbation, SharpOptimizer, SharpStep, SharpTrainer
 from models import batch_of, mlp_rows, tiny_mlp
 from training import build
 
@@ -18,6 +18,18 @@ ROWS = mlp_rows(8)
 @dataclass(frozen=True)
 class NoCost(Method):
     perturbation: Perturbation = field(default_factory=lambda: Perturbation(0.05))
+
+    def gradient(self, landscape):
+        return landscape.evaluate()
+
+
+@dataclass(frozen=True)
+class Old(Method):
+    cost = 1.0
+
+    def start(self, landscape):
+        del landscape
+        return FirstPass()
 
     def gradient(self, landscape):
         return landscape.evaluate()
@@ -148,6 +160,7 @@ WAYS = [lambda method, folder: trainer(method, folder).train(), closure_step, lo
             r"NoInit\.__init__ leaves _state unset\. Write @dataclass\(frozen=True\) above the class",
         ),
         (lambda: Hidden(0.1), r"Hidden holds a Perturbation in self\.inner, .* `inner: Perturbation`"),
+        (Old, r"Old\.start is never called.*plan_first_pass"),
         (NoRule, r"NoRule has no gradient\. Write `def gradient\(self, landscape\):`"),
         (Counting, r"Counting changes self\.n .* self\._state\['n'\] = self\._state\.get\('n', 0\) \+ 1"),
         (Frozen, r"Frozen changes self\.n .* self\._state\['n'\]"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_sharp._engine.facts import StepFacts
+from hf_sharp._tensors.entries import TINY, alike, norm_of, norms_of_each, wide
 from hf_sharp._tensors.shards import local
-from hf_sharp._tensors.vector import TINY, ParamVector, wide
+from hf_sharp._tensors.vector import ParamVector
 
 Mark = list[tuple[int, int]]  # of each gradient, which tensor it is and how often it was changed in place
 
@@ -70,8 +72,22 @@ def clear(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
+class Left(NamedTuple):
+    """What a micro-batch has left in `p.grad`, to see later whether anybody else has changed it.
+
+    Attributes:
+        mark: which tensors they are, and their version counters.
+        norms: of each gradient there is, 0-dim tensors; nothing waits for them unless the mark has changed.
+        sample: the parameter with the fewest entries that has a gradient, and a copy of that; None if none has one.
+    """
+
+    mark: Mark
+    norms: list[Tensor]
+    sample: tuple[nn.Parameter, Tensor] | None
+
+
 def mark(parameters: Iterable[nn.Parameter]) -> Mark:
-    """What is in `p.grad` now, to see later whether anybody else has changed it.
+    """What is in `p.grad` now.
 
     Args:
         parameters: the parameters.
@@ -82,32 +98,47 @@ def mark(parameters: Iterable[nn.Parameter]) -> Mark:
     return [(0, 0) if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
 
 
-def smallest(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, Tensor] | None:
-    """A sample of the gradients, to see later how they were changed.
+def left(parameters: Collection[nn.Parameter]) -> Left:
+    """What is in `p.grad` now, with what tells a clipping from another change.
 
     Args:
         parameters: the parameters.
 
     Returns:
-        The parameter with the fewest entries among those with a gradient, and a copy of that; None if none has one.
+        The record.
     """
     found = min((p for p in parameters if p.grad is not None), key=lambda p: p.numel(), default=None)
-    return None if found is None or found.grad is None else (found, found.grad.detach().clone())
+    sample = None if found is None or found.grad is None else (found, found.grad.detach().clone())
+    return Left(mark(parameters), _norms(parameters), sample)
 
 
-def is_scaled(sample: tuple[nn.Parameter, Tensor] | None) -> bool:
-    """Whether a gradient was multiplied by a number of at most 1 since, as clipping does; waits for the device.
+def is_clipped(before: Left, parameters: Collection[nn.Parameter]) -> bool:
+    """Whether all gradients were multiplied by one number of at most 1, as clipping does; waits for the device.
 
     Args:
-        sample: what `smallest` gave.
+        before: what was left.
+        parameters: the same parameters.
 
     Returns:
-        False also for a gradient that is gone.
+        False also where a gradient came or went.
     """
-    if sample is None or sample[0].grad is None:
+    if before.sample is None or [m[0] for m in before.mark] != [m[0] for m in mark(parameters)]:
         return False
-    (parameter, before), now = sample, sample[0].grad
-    assert parameter.grad is now is not None
-    before, now = wide(local(before)), wide(local(now))
-    share = (now * before).sum() / before.square().sum().clamp_min(TINY**2)
-    return bool(share <= 1) and torch.allclose(now, share * before, rtol=1e-3, atol=0)
+    parameter, sample = before.sample
+    assert parameter.grad is not None
+    old, new = wide(local(sample)), wide(local(parameter.grad))
+    were, are = (
+        torch.stack([norm.to(old.device, torch.float64) for norm in norms])
+        for norms in (before.norms, _norms(parameters))
+    )
+    share = norm_of(are) / norm_of(were).clamp_min(TINY)
+    # 1e-3: a 16-bit gradient is rounded once more when it is scaled.
+    scaled = torch.allclose(are, share * were, rtol=1e-3, atol=0)
+    return bool(share <= 1 + 1e-3) and scaled and torch.allclose(new, share.to(old.dtype) * old, rtol=1e-2, atol=0)
+
+
+def _norms(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    grads = [wide(local(p.grad)) for p in parameters if p.grad is not None]
+    if not grads:
+        return []
+    return norms_of_each(grads) if alike(grads) else [norm_of(grad) for grad in grads]

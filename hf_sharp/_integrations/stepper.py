@@ -57,9 +57,8 @@ class Stepper:
         self._finished = False  # whether the announced window was
         self._landscape: Landscape | None = None
         self._before: dict[str, State] = {}
-        self._sample: tuple[nn.Parameter, Tensor] | None = None  # one of its gradients
         self._clipped = False  # whether that was said
-        self._left: gradients.Mark = []  # what the last micro-batch left in p.grad
+        self._left: gradients.Left | None = None  # in p.grad, by the last micro-batch
         self._earlier: ParamVector | None = None  # what was in p.grad before the window
         self._actions: tuple[Action | None, Action | None] = (None, None)
 
@@ -113,8 +112,7 @@ class Stepper:
             if last:
                 self._finish(landscape)
             else:
-                self._left = gradients.mark(landscape.facts.parameters.values())
-                self._sample = gradients.smallest(landscape.facts.parameters.values())
+                self._left = gradients.left(landscape.facts.parameters.values())
         except BaseException:
             self._abandon()
             switches.restore()
@@ -165,14 +163,13 @@ class Stepper:
 
     def _continue(self) -> Landscape | None:
         """The open window's landscape, if the gradients are still what the last micro-batch left."""
-        landscape = self._landscape
-        if landscape is None:
+        landscape, left = self._landscape, self._left
+        if landscape is None or left is None:
             return None
         parameters = landscape.facts.parameters.values()
-        now = gradients.mark(parameters)
-        if now == self._left:
+        if gradients.mark(parameters) == left.mark:
             return landscape
-        if gradients.is_scaled(self._sample):
+        if gradients.is_clipped(left, parameters):
             self._say_clipped()
             return landscape
         if all(p.grad is None for p in parameters):  # the host has dropped them, and so begins anew
@@ -227,7 +224,7 @@ class Stepper:
     def _forget_window(self) -> None:
         if self._landscape is not None:
             self._landscape.close()
-        self._landscape, self._before, self._left, self._earlier = None, {}, [], None
+        self._landscape, self._before, self._left, self._earlier = None, {}, None, None
 
     def _abandon(self) -> None:
         """The window has failed: everything but the random streams is again as it was before it."""

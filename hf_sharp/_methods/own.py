@@ -67,6 +67,8 @@ def check_class(part: Part) -> None:
 
 
 def _check_rule(method: Method, name: str) -> None:
+    if callable(getattr(type(method), "start", None)):
+        raise TypeError(f"{name}.start is never called. Its new name is `def plan_first_pass(self, landscape):`.")
     if type(method).gradient is Method.gradient:
         raise TypeError(
             f"{name} has no gradient. Write `def gradient(self, landscape):`, which returns an Evaluation, such as "
